@@ -1,0 +1,34 @@
+"""Fixtures that many tests share: the real data's folder, and one small synthetic corpus per session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch or numpy start their thread pools: the tests run many small operations, often two ranks on two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+REAL_FOLDERS = ("her2st", "scmuscle_visium", "scanpy_visium", "spatialexperiment_2sections", "wsi")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real slides and measurements (STORM_TEST_DATA); its absence skips, or fails under STORM_REQUIRE_DATA=1."""
+    root = os.environ.get("STORM_TEST_DATA", "")
+    missing = [name for name in REAL_FOLDERS if not (Path(root) / name).is_dir()] if root else []
+    if root and not missing:
+        return Path(root).resolve()
+    reason = f"real data: {root} lacks {', '.join(missing)}" if root else "real data: STORM_TEST_DATA is unset"
+    if os.environ.get("STORM_REQUIRE_DATA") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def synthetic_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `tiny` synthetic corpus, written once per session: manifest.csv, slides, vendor files and truth."""
+    from data_prep.synthetic import write_corpus
+
+    folder = tmp_path_factory.mktemp("tissue")
+    write_corpus(folder, size="tiny", seed=0, workers=1)
+    return folder
