@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Before torch or numpy start their thread pools: the tests run many small operations, often two ranks on two cores.
+# Before numpy or torch start their thread pools: the tests run many small operations, some of them on two ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REAL_FOLDERS = ("her2st", "scmuscle_visium", "scanpy_visium", "spatialexperiment_2sections", "wsi")
@@ -13,15 +13,15 @@ REAL_FOLDERS = ("her2st", "scmuscle_visium", "scanpy_visium", "spatialexperiment
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of the real slides and measurements (STORM_TEST_DATA); its absence skips, or fails under STORM_REQUIRE_DATA=1."""
+    """Folder of real slides and measurements (STORM_TEST_DATA). Without it: skip, or fail if STORM_REQUIRE_DATA=1."""
     root = os.environ.get("STORM_TEST_DATA", "")
     missing = [name for name in REAL_FOLDERS if not (Path(root) / name).is_dir()] if root else []
     if root and not missing:
         return Path(root).resolve()
-    reason = f"real data: {root} lacks {', '.join(missing)}" if root else "real data: STORM_TEST_DATA is unset"
+    reason = f"{root} lacks {', '.join(missing)}" if root else "STORM_TEST_DATA is unset"
     if os.environ.get("STORM_REQUIRE_DATA") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
+        pytest.fail(f"real data: {reason}")
+    pytest.skip(f"real data: {reason}")
 
 
 @pytest.fixture(scope="session")
