@@ -1,7 +1,7 @@
 """STORM: a hierarchical transformer for tissue, pretrained on H&E morphology, gene expression and space.
 
 `storm.load(folder)` opens an exported model; `storm.embed` and `storm.predict` apply one and return AnnData.
-They are looked up at first use: importing `storm`, or `data_prep` with the base modules, leaves torch unloaded.
+They are looked up at first use: importing `storm`, or its base modules, leaves torch unloaded.
 """
 
 from importlib import import_module

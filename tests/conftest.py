@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Before numpy or torch start their thread pools: the tests run many small operations, some of them on two ranks.
+# Before numpy or torch start their threads: the tests run many small operations, some of them on two ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REAL_FOLDERS = ("her2st", "scmuscle_visium", "scanpy_visium", "spatialexperiment_2sections", "wsi")
@@ -13,7 +13,7 @@ REAL_FOLDERS = ("her2st", "scmuscle_visium", "scanpy_visium", "spatialexperiment
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of real slides and measurements (STORM_TEST_DATA). Without it: skip, or fail if STORM_REQUIRE_DATA=1."""
+    """Folder of real slides and measurements; without it: skip, or fail where STORM_REQUIRE_DATA=1."""
     root = os.environ.get("STORM_TEST_DATA", "")
     missing = [name for name in REAL_FOLDERS if not (Path(root) / name).is_dir()] if root else []
     if root and not missing:
