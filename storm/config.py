@@ -1,0 +1,233 @@
+"""Strict typed configs: YAML in, an error for every unknown or ill-typed key, dotted overrides on the command line.
+
+In: a YAML file that holds only what differs from the defaults below, and `key.sub=value` words. Out: a frozen
+`RunConfig` (training) or `PrepConfig` (preparation), and the YAML of all their resolved values.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from storm.presets import ModelConfig, nearest, resolve_model
+
+MASK_MODES = ("image_only", "in_context", "gene_level", "gene_only")
+
+
+class Section(BaseModel):
+    """A part of a config: immutable, no key it does not know, no value of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+
+
+class PrepConfig(Section):
+    """How slides become stores and stores become shards."""
+
+    tile_px: int = Field(default=224, ge=16, description="side of a tile in pixels")
+    tile_mpp: float = Field(default=0.5, ge=0.05, le=4.0, description="um per tile pixel")
+    jpeg_quality: int = Field(default=90, ge=50, le=100)
+    min_tissue: float = Field(
+        default=0.05, ge=0, le=1, description="tiles with less tissue that no profile reads are left out"
+    )
+    min_mapped: float = Field(
+        default=0.8, ge=0, le=1, description="refuse a measurement of which fewer columns map to Ensembl"
+    )
+    max_image_mpx: int = Field(
+        default=400, ge=1, description="largest whole-image decode (JPEG, PNG, untiled TIFF), megapixels"
+    )
+    lattice_residual_px0: float = Field(default=2.0, description="refuse a lattice fit with a larger rms residual, px")
+    mpp_warn: float = Field(default=0.05, description="report mpp sources that differ by more than this share")
+    mpp_refuse: float = Field(default=0.25, description="refuse above this share unless the manifest gives mpp")
+    spots_side: int = Field(default=6, ge=1, description="a region holds about this number of spots squared")
+    min_profiles: int = Field(
+        default=64, ge=1, description="a group holds at least so many profiles where the slide has them"
+    )
+    max_profiles: int = Field(default=1024, ge=1, description="of one region in one sample")
+    max_group_mb: float = Field(default=4.0, gt=0)
+    shard_mb: float = Field(default=100.0, gt=0)
+    split_by: Literal["donor", "section"] = "donor"
+    val_share: float = Field(default=0.0, ge=0, lt=1, description="of donors without a split in the manifest")
+    test_share: float = Field(default=0.0, ge=0, lt=1, description="of donors without a split in the manifest")
+    seed: int = 0
+
+
+class DataConfig(Section):
+    """What is streamed."""
+
+    shards: str = Field(description="folder of a shard set")
+    split: Literal["train", "val", "test"] = "train"
+    workers: int = Field(default=0, ge=0, description="loader processes per rank; 0 loads in the rank's own process")
+    global_batch_size: int = Field(default=4, ge=1, description="groups per optimizer step over all ranks")
+    micro_batch_size: int = Field(default=1, ge=1, description="groups per forward on a rank")
+
+
+class MaskConfig(Section):
+    """What is hidden and how inputs are varied; shares are probabilities."""
+
+    image_only: float = Field(default=0.4, ge=0)
+    in_context: float = Field(default=0.3, ge=0)
+    gene_level: float = Field(default=0.2, ge=0)
+    gene_only: float = Field(default=0.1, ge=0)
+    hide_tiles: float = Field(
+        default=0.3, ge=0, le=1, description="probability of a hidden tile block in modes with genes"
+    )
+    loss_genes: int = Field(
+        default=2048, ge=1, description="genes in the loss of one step; all where the panel has fewer"
+    )
+    flips: bool = True
+    stain_jitter: float = Field(default=0.1, ge=0, description="sd of the log gain of each stain channel")
+    thinning: float = Field(default=0.5, ge=0, le=1, description="probability that visible counts are thinned")
+    panel_subsampling: float = Field(
+        default=0.25, ge=0, le=1, description="probability that visible genes are a random subset"
+    )
+    position_jitter: bool = True
+    drop_platform: float = Field(default=0.5, ge=0, le=1)
+    drop_organ: float = Field(default=0.3, ge=0, le=1)
+
+
+class OptimConfig(Section):
+    """AdamW with warm-up and cosine."""
+
+    steps: int = Field(default=1000, ge=1)
+    lr: float = Field(default=3e-4, gt=0)
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    weight_decay: float = Field(default=0.05, ge=0, description="not on norms, biases and embeddings")
+    warmup_share: float = Field(default=0.02, ge=0, le=1)
+    final_lr_share: float = Field(default=0.01, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0)
+
+
+class LossConfig(Section):
+    """Weights of the terms."""
+
+    expr: float = Field(default=1.0, ge=0)
+    depth: float = Field(default=0.1, ge=0)
+    image: float = Field(default=0.2, ge=0)
+
+
+class EngineConfig(Section):
+    """How the step is executed."""
+
+    zero_stage: int = Field(default=1, ge=0, le=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
+
+
+class CheckpointConfig(Section):
+    """When a checkpoint is written and how many are kept."""
+
+    every_steps: int = Field(default=500, ge=1)
+    keep_last: int = Field(default=2, ge=1)
+
+
+class RunConfig(Section):
+    """One pretraining run."""
+
+    run_dir: str = Field(description="folder of the run: config, logs, checkpoints, FINISHED")
+    seed: int = 0
+    log_every: int = Field(default=1, ge=1, description="steps between log lines")
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    mask: MaskConfig = MaskConfig()
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _expand_preset(cls, value: Any) -> Any:
+        return resolve_model(value) if isinstance(value, dict) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 3e-4 as text; users mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)  # fmt: skip
+
+Config = TypeVar("Config", bound=Section)
+
+
+def load(kind: type[Config], path: Path | None, overrides: list[str] | None = None) -> Config:
+    """Read a config.
+
+    Args:
+        kind: RunConfig or PrepConfig.
+        path: a YAML file, or None for defaults and overrides alone.
+        overrides: words `section.key=value`, the value in YAML.
+
+    Raises:
+        ValueError: naming the file and the key, and for an unknown key the nearest valid one.
+    """
+    name = str(path) if path else "config"
+    values = _read(path) if path else {}
+    for word in overrides or []:
+        _override(values, word)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{name}: {line}" for line in _explain(kind, error))) from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML ({error})") from None
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{path}: a config is a mapping of keys, this file holds a {type(values).__name__}")
+    return values or {}
+
+
+def _override(values: dict[str, Any], word: str) -> None:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {word!r}: write section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"override {word!r}: {section!r} is no section")
+    values[last] = yaml.load(text, Loader=_Loader)
+
+
+def _keys(kind: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
+    """The valid keys of the section that holds `place`."""
+    for part in place[:-1]:
+        annotation = kind.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        kind = annotation
+    return list(kind.model_fields)
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> list[str]:
+    lines = []
+    for fault in error.errors():
+        place = fault["loc"]
+        key = ".".join(str(p) for p in place)
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{key} is no key{nearest(str(place[-1]), _keys(kind, place))}")
+        elif fault["type"] == "missing":
+            lines.append(f"{key} is required; set it in the file or as {key}=VALUE")
+        else:
+            lines.append(f"{key}={fault['input']!r}: {fault['msg']}")
+    return lines
+
+
+def dump(config: Section) -> str:
+    """All resolved values as YAML that `load` reads back to an equal config."""
+    values = config.model_dump(mode="python")
+    if isinstance(config, RunConfig):
+        values["model"] = dataclasses.asdict(config.model) | {"organs": list(config.model.organs)}
+    return yaml.safe_dump(values, sort_keys=False)

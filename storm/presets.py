@@ -1,0 +1,85 @@
+"""The model's own configuration and its four presets; a plain dataclass, so that loading an export needs no pydantic.
+
+In: a preset name and what differs from it. Out: `ModelConfig`, as stored in every export's config.json.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the three levels. Widths are multiples of their head width; the head width is a multiple of 8."""
+
+    tile_px: int = 224  # side of a tile in pixels; the export's tile_mpp tells its microns
+    tile_mpp: float = 0.5
+    patch_px: int = 16
+    image_width: int = 64
+    image_depth: int = 2
+    gene_width: int = 64  # width of a gene's embedding, shared by encoder and decoder
+    fusion_width: int = 64
+    fusion_depth: int = 1
+    space_width: int = 64
+    space_depth: int = 2
+    head_width: int = 16
+    registers: int = 4  # learned context tokens per region
+    organs: tuple[str, ...] = ()  # names behind organ ids 1, 2, ...; 0 = unknown
+
+    def __post_init__(self) -> None:
+        for name in ("image_width", "fusion_width", "space_width"):
+            if getattr(self, name) % self.head_width:
+                raise ValueError(f"model.{name}={getattr(self, name)} is no multiple of head_width={self.head_width}")
+        if self.head_width % 8:
+            raise ValueError(f"model.head_width={self.head_width} must be a multiple of 8 (2-D rotary pairs)")
+        if self.tile_px % self.patch_px:
+            raise ValueError(f"model.tile_px={self.tile_px} is no multiple of patch_px={self.patch_px}")
+
+    @property
+    def tile_um(self) -> float:
+        """Side of a tile in um."""
+        return self.tile_px * self.tile_mpp
+
+    @property
+    def patch_um(self) -> float:
+        """Side of a patch in um."""
+        return self.patch_px * self.tile_mpp
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "small": {"image_width": 384, "image_depth": 12, "gene_width": 256, "fusion_width": 384, "fusion_depth": 2}
+    | {"space_width": 384, "space_depth": 4, "head_width": 64},
+    "base": {"image_width": 768, "image_depth": 12, "gene_width": 512, "fusion_width": 768, "fusion_depth": 3}
+    | {"space_width": 768, "space_depth": 8, "head_width": 64},
+    "large": {"image_width": 1024, "image_depth": 24, "gene_width": 768, "fusion_width": 1024, "fusion_depth": 4}
+    | {"space_width": 1024, "space_depth": 16, "head_width": 64},
+}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """' (nearest: ...)' with the known name most like `name`, or all known names, for an error message."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f" (nearest: {close[0]})" if close else f" (known: {', '.join(known)})"
+
+
+def resolve_model(values: dict[str, Any]) -> ModelConfig:
+    """A ModelConfig from a dict as in a YAML section or an export: an optional `preset`, then what differs.
+
+    Raises:
+        ValueError: unknown preset or key (the nearest valid one is named), or a value of another type.
+    """
+    values = dict(values)
+    preset = values.pop("preset", "tiny")
+    if preset not in PRESETS:
+        raise ValueError(f"model.preset={preset!r} is unknown{nearest(str(preset), list(PRESETS))}")
+    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    for key, value in values.items():
+        if key not in defaults:
+            raise ValueError(f"model.{key} is no key{nearest(key, [*defaults, 'preset'])}")
+        if key == "organs":
+            values[key] = tuple(value)
+        elif isinstance(value, bool) or not isinstance(value, (type(defaults[key]), int)):
+            raise ValueError(f"model.{key}={value!r} should be of type {type(defaults[key]).__name__}")
+    return ModelConfig(**{**PRESETS[preset], **values})

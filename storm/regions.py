@@ -1,0 +1,136 @@
+"""Cut a slide's tiles and profiles into regions and groups; pure arithmetic on the micron grid.
+
+In: profile centres (slide frame, um), their footprints, the tiles that exist. Out: regions (squares of tiles), the
+profiles each holds (half-open intervals, each exactly once), the tiles they read, and groups of regions.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A square of `extent` x `extent` tiles from tile (row, col) on, and the `profiles` (row numbers) in it."""
+
+    row: int
+    col: int
+    extent: int
+    profiles: Rows
+
+    def origin_um(self, tile_um: float) -> tuple[float, float]:
+        """(x, y) of the top-left corner in the slide frame."""
+        return self.col * tile_um, self.row * tile_um
+
+
+def extent_for(platform: str, spots_side: int, tile_um: float) -> int:
+    """Tiles along a region's side so that it holds about spots_side**2 spots (cells and bins: as for Visium)."""
+    pitch_um = 200.0 if platform == "st" else 100.0
+    return max(1, round(spots_side * pitch_um / tile_um))
+
+
+def cut(xy_um: npt.NDArray[np.float64], tile_um: float, extent: int, cap: int) -> list[Region]:
+    """Regions that together hold every profile once; one with more than `cap` profiles comes as several parts.
+
+    A part is spatially contiguous (halved along its longer side), so that pooling inside a part sums every molecule.
+    """
+    side_um = tile_um * extent
+    place = np.floor(xy_um / side_um).astype(np.int64)  # half-open: a centre on a line belongs to the right/lower one
+    regions = []
+    for x, y in np.unique(place, axis=0):
+        members = np.flatnonzero((place[:, 0] == x) & (place[:, 1] == y))
+        for part in _parts(xy_um, members, cap):
+            regions.append(Region(int(y) * extent, int(x) * extent, extent, part))
+    return sorted(regions, key=lambda r: (r.row, r.col, int(r.profiles[0])))
+
+
+def _parts(xy_um: npt.NDArray[np.float64], members: Rows, cap: int) -> list[Rows]:
+    if len(members) <= cap:
+        return [members]
+    spread = np.ptp(xy_um[members], axis=0)
+    order = members[np.argsort(xy_um[members, int(spread[1] > spread[0])], kind="stable")]
+    half = len(order) // 2
+    return _parts(xy_um, np.sort(order[:half]), cap) + _parts(xy_um, np.sort(order[half:]), cap)
+
+
+def tiles_read(xy_um: npt.NDArray[np.float64], footprint_um: npt.NDArray[np.float32], tile_um: float) -> Rows:
+    """[M, 2] unique (row, col) of the tiles that any profile reads: its footprint and one tile's width around it."""
+    reach = np.maximum(footprint_um.astype(np.float64), tile_um)[:, None] / 2
+    low = np.floor((xy_um - reach) / tile_um).astype(np.int64)
+    high = np.ceil((xy_um + reach) / tile_um).astype(np.int64)  # exclusive: a window that ends on a line stops there
+    places = {
+        (row, col)
+        for (x0, y0), (x1, y1) in zip(low, high, strict=True)
+        for row in range(y0, y1)
+        for col in range(x0, x1)
+    }
+    return np.array(sorted(places), dtype=np.int64).reshape(-1, 2)
+
+
+def region_tiles(region: Region, read: Rows, present: set[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(row, col) on the slide's grid of the tiles of a region: inside its square, read by a profile, and present."""
+    return [
+        (int(row), int(col))
+        for row, col in read
+        if region.row <= row < region.row + region.extent
+        and region.col <= col < region.col + region.extent
+        and (int(row), int(col)) in present
+    ]
+
+
+def group(
+    sizes: list[int], bytes_each: list[int], rng: np.random.Generator, min_profiles: int, max_bytes: int
+) -> list[list[int]]:
+    """Region numbers put together into groups of >= `min_profiles` profiles, in an order drawn from `rng`.
+
+    A group is closed once it holds enough profiles or would pass `max_bytes`; a last group that is too small joins the
+    one before it where the bytes allow.
+    """
+    groups: list[list[int]] = []
+    profiles = size = 0
+    for i in rng.permutation(len(sizes)).tolist():
+        if not groups or profiles >= min_profiles or size + bytes_each[i] > max_bytes:
+            groups.append([])
+            profiles = size = 0
+        groups[-1].append(i)
+        profiles += sizes[i]
+        size += bytes_each[i]
+    if len(groups) > 1 and profiles < min_profiles:
+        before = sum(bytes_each[i] for i in groups[-2])
+        if before + size <= max_bytes:
+            groups[-2] += groups.pop()
+    return groups
+
+
+def cover(xy_um: npt.NDArray[np.float64], tile_um: float, extent: int) -> list[Region]:
+    """Overlapping regions for inference: each profile is taken from the region in which it is most central.
+
+    Regions start at every half extent (rounded to tiles), so a profile is never nearer to an edge than about a quarter.
+    """
+    step = max(1, extent // 2)
+    centre_tiles = xy_um / tile_um - extent / 2
+    start = np.round(centre_tiles / step).astype(np.int64) * step  # [N, 2] (col, row) of the nearest region start
+    found = []
+    for col, row in np.unique(start, axis=0):
+        members = np.flatnonzero((start[:, 0] == col) & (start[:, 1] == row))
+        found.append(Region(int(row), int(col), extent, members))
+    return found
+
+
+def slide_key(slide_id: str) -> int:
+    """A stable 32-bit number of a slide id, to key a generator together with a seed."""
+    value = 2166136261
+    for byte in slide_id.encode():
+        value = (value ^ byte) * 16777619 % 2**32  # FNV-1a; Python's hash() differs between processes
+    return value
+
+
+def lattice_points(width_um: float, height_um: float, pitch_um: float) -> npt.NDArray[np.float64]:
+    """[M, 2] centres of a square lattice over a slide, for asking a model where nothing was measured."""
+    xs = (np.arange(math.floor(width_um / pitch_um)) + 0.5) * pitch_um
+    ys = (np.arange(math.floor(height_um / pitch_um)) + 0.5) * pitch_um
+    return np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)

@@ -1,0 +1,234 @@
+"""THE contract between preparation and training: what a profile, a region, a group and a batch are.
+
+In: a `Group` (k regions of one slide with their tile JPEGs and profiles). Out: the members of one WebDataset sample
+(name, bytes), and back. Torch-free; the unit of every length is in its name.
+
+One sample of a shard, key = text before the first dot:
+
+    <slide>_<group>.meta.json       GroupMeta: who, where, how measured, the regions' places
+    <slide>_<group>.g0r1c2.jpg      tile at row 1, column 2 of region 0, bytes as in the slide store
+    <slide>_<group>.profiles.npz    arrays only: region, xy_um, footprint_*, indptr, gene, count, ids
+"""
+
+import dataclasses
+import io
+import json
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from storm.files import dump_json
+
+SCHEMA_VERSION = 1
+
+PLATFORMS = ("unknown", "st", "visium", "visium_hd", "xenium", "cosmx")  # index = platform id, 0 = not told
+PROFILE_KINDS = {"st": "spot", "visium": "spot", "visium_hd": "bin", "xenium": "cell", "cosmx": "cell"}
+SPLITS = ("train", "val", "test")
+DISC, SQUARE = 0, 1  # footprint kinds; footprint_um is the disc's diameter or the square's side
+
+SLIDE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_TILE_MEMBER = re.compile(r"g(\d+)r(\d+)c(\d+)\.jpg")
+
+# The batch: a dict of tensors that data/batch.py makes and the model and the losses read; name -> (dtype, shape).
+# B groups, R regions of all groups, C tiles per region (padded), T tiles packed, N profiles per region (padded),
+# K loss genes, Z visible (profile, gene) entries, S tile statistics, px tile side.
+BATCH = {
+    "tiles": ("uint8", "T px px 3"),  # packed pixels of the encoded tiles; one dummy where a batch has none
+    "tile_weight": ("float32", "T"),  # 1, or 0 for the dummy
+    "tile_at": ("int64", "R rows cols"),  # packed index of the encoded tile at a grid place, -1 = not encoded
+    "tile_slot": ("int64", "T"),  # region * C + c: place of a packed tile among its region's tiles, -1 = dummy
+    "tile_present": ("bool", "R C"),  # a tile exists here (encoded or hidden)
+    "tile_hidden": ("bool", "R C"),  # a query of the image loss: present, and not encoded
+    "tile_pos_um": ("float32", "R C 2"),  # centre for the position code, centred per region
+    "tile_target": ("float32", "R C S"),  # standardised stain statistics
+    "region_group": ("int64", "R"),  # group of each region within the micro-batch
+    "platform": ("int64", "R"),  # index in PLATFORMS, 0 where dropped
+    "organ": ("int64", "R"),  # index in the model's organ list, 0 = unknown or dropped
+    "mode": ("int64", "R"),  # index in config.MASK_MODES
+    "profile": ("bool", "R N"),  # a profile exists here
+    "visible": ("bool", "R N"),  # some of its genes are visible: it is context
+    "query": ("bool", "R N"),  # some of its measured genes are hidden: it is asked
+    "wholly_hidden": ("bool", "R N"),  # all of its genes are hidden
+    "xy_um": ("float32", "R N 2"),  # centre in the region's frame (origin top-left, x right, y down), for sampling
+    "pos_um": ("float32", "R N 2"),  # centre for the position code, centred per region, may be rotated and scaled
+    "footprint_um": ("float32", "R N"),  # disc diameter or square side as the geometry uses it
+    "footprint_kind": ("int64", "R N"),  # DISC or SQUARE
+    "footprint_input": ("float32", "R N"),  # log size fed to the model, jittered in training
+    "input_gene": ("int64", "Z"),  # vocabulary index of a visible measured gene with count > 0
+    "input_value": ("float32", "Z"),  # v = log1p(count * scale / visible depth)
+    "input_offsets": ("int64", "R*N"),  # start of each profile's entries (embedding_bag offsets)
+    "input_log_depth": ("float32", "R N"),  # log1p(visible depth), visible genes only; 0 where none
+    "input_log_genes": ("float32", "R N"),  # log1p(number of visible non-zero genes)
+    "genes": ("int64", "K"),  # vocabulary indices of the loss genes
+    "gene_weight": ("float32", "R K"),  # importance weight in Z(h, S); 0 where not in the region's target panel
+    "target_count": ("float32", "R N K"),  # full counts
+    "target_mask": ("bool", "R N K"),  # hidden and measured: enters the loss
+    "target_log_depth": ("float32", "R N"),  # log L, L = counts over the region's whole target panel
+    "depth_target": ("float32", "R N"),  # slide-centred log(L / footprint area)
+    "depth_mask": ("bool", "R N"),  # wholly hidden, L > 0
+}
+
+
+@dataclass(frozen=True)
+class RegionMeta:
+    """One region: `rows` x `cols` tiles whose top-left corner lies at `origin_um` (x, y) of the slide frame."""
+
+    origin_um: tuple[float, float]
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True)
+class GroupMeta:
+    """What every profile of a group shares. `panel` names a bit-mask in the shard manifest."""
+
+    slide: str
+    section: str
+    donor: str
+    study: str
+    organ: str
+    species: str
+    platform: str
+    kind: str  # spot, bin or cell
+    panel: str
+    slide_log_density: float  # mean over the slide's profiles of log(depth / footprint area in um2), depth > 0
+    mpp: float  # of level 0
+    tile_px: int
+    tile_mpp: float
+    regions: tuple[RegionMeta, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def tile_um(self) -> float:
+        """Side of a tile in um."""
+        return self.tile_px * self.tile_mpp
+
+
+@dataclass
+class Profiles:
+    """N measured units as arrays: places in the slide's micron frame, footprints, and counts as CSR.
+
+    `gene` indexes the gene list that travels with the container (the store's own, or the shard set's).
+    """
+
+    ids: list[str]
+    xy_um: npt.NDArray[np.float64]  # [N, 2]
+    footprint_um: npt.NDArray[np.float32]  # [N]
+    footprint_kind: npt.NDArray[np.uint8]  # [N]
+    indptr: npt.NDArray[np.int64]  # [N + 1]
+    gene: npt.NDArray[np.int32]  # [nnz], ascending within a profile
+    count: npt.NDArray[np.int32]  # [nnz], > 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def depth(self) -> npt.NDArray[np.int64]:
+        """[N] summed counts of each profile."""
+        running = np.concatenate([[0], np.cumsum(self.count, dtype=np.int64)])
+        return running[self.indptr[1:]] - running[self.indptr[:-1]]
+
+    @property
+    def area_um2(self) -> npt.NDArray[np.float64]:
+        """[N] footprint areas."""
+        side = self.footprint_um.astype(np.float64)
+        return np.where(self.footprint_kind == DISC, np.pi / 4, 1.0) * side**2
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "Profiles":
+        """The profiles at `rows`, in that order."""
+        lengths = np.diff(self.indptr)[rows]
+        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        entries = np.repeat(self.indptr[rows] - indptr[:-1], lengths) + np.arange(indptr[-1])
+        return Profiles(
+            [self.ids[r] for r in rows], self.xy_um[rows], self.footprint_um[rows], self.footprint_kind[rows],
+            indptr, self.gene[entries], self.count[entries],
+        )  # fmt: skip
+
+
+def slide_log_density(profiles: Profiles) -> float:
+    """Mean log(depth / area in um2) over the profiles with counts; 0 where a slide has none."""
+    depth = profiles.depth
+    some = depth > 0
+    return float(np.mean(np.log(depth[some] / profiles.area_um2[some]))) if some.any() else 0.0
+
+
+@dataclass
+class Group:
+    """One sample: k regions of one slide. `tiles[(g, row, col)]` are JPEG bytes; `region` is g of each profile."""
+
+    meta: GroupMeta
+    profiles: Profiles
+    region: npt.NDArray[np.int32]  # [N]
+    tiles: dict[tuple[int, int, int], bytes] = field(default_factory=dict)
+
+
+def check_slide_id(slide_id: str) -> str:
+    """The id itself. Raises ValueError where it would break the keys of a shard (a dot ends a key)."""
+    if not SLIDE_ID.fullmatch(slide_id):
+        raise ValueError(f"slide_id {slide_id!r}: use 1 to 64 of the characters A-Z a-z 0-9 _ - (no dot, no space)")
+    return slide_id
+
+
+def save_arrays(arrays: dict[str, npt.NDArray]) -> bytes:
+    """Arrays as the bytes of a stored (not deflated) npz; equal arrays give equal bytes."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def pack_text(items: list[str]) -> npt.NDArray[np.uint8]:
+    """Strings without line breaks as one uint8 array (zarr v3 has no settled form for them)."""
+    return np.frombuffer("\n".join(items).encode(), dtype=np.uint8)
+
+
+def unpack_text(data: npt.NDArray[np.uint8]) -> list[str]:
+    """The strings of `pack_text`; an empty array is no string."""
+    return data.tobytes().decode().split("\n") if data.size else []
+
+
+def encode(group: Group) -> list[tuple[str, bytes]]:
+    """The members (name after the key, bytes) of a group's sample, in their order in the tar."""
+    p = group.profiles
+    arrays: dict[str, npt.NDArray] = {
+        "region": group.region.astype(np.int32), "xy_um": p.xy_um, "footprint_um": p.footprint_um,
+        "footprint_kind": p.footprint_kind, "indptr": p.indptr, "gene": p.gene, "count": p.count,
+        "ids": pack_text(p.ids),
+    }  # fmt: skip
+    tiles = [(f"g{g}r{r}c{c}.jpg", data) for (g, r, c), data in sorted(group.tiles.items())]
+    meta = dump_json(dataclasses.asdict(group.meta))
+    return [("meta.json", meta), *tiles, ("profiles.npz", save_arrays(arrays))]
+
+
+def decode(members: dict[str, bytes], source: str) -> Group:
+    """The group of a sample's members. `source` names it in errors (file and key).
+
+    Raises:
+        ValueError: a member is missing or of another schema version.
+    """
+    missing = {"meta.json", "profiles.npz"} - members.keys()
+    if missing:
+        raise ValueError(f"{source}: members {sorted(missing)} are missing; rebuild the shard with data_prep.pack")
+    meta = _decode_meta(members["meta.json"], source)
+    with np.load(io.BytesIO(members["profiles.npz"]), allow_pickle=False) as arrays:
+        profiles = Profiles(
+            unpack_text(arrays["ids"]), arrays["xy_um"], arrays["footprint_um"], arrays["footprint_kind"],
+            arrays["indptr"], arrays["gene"], arrays["count"],
+        )  # fmt: skip
+        region = arrays["region"]
+    tiles = {
+        (int(m[1]), int(m[2]), int(m[3])): data for name, data in members.items() if (m := _TILE_MEMBER.fullmatch(name))
+    }
+    return Group(meta, profiles, region, tiles)
+
+
+def _decode_meta(data: bytes, source: str) -> GroupMeta:
+    values = json.loads(data)
+    version = values.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{source}: schema version {version}, this code reads {SCHEMA_VERSION}; rebuild it with data_prep.pack"
+        )
+    regions = tuple(RegionMeta((r["origin_um"][0], r["origin_um"][1]), r["rows"], r["cols"]) for r in values["regions"])
+    return GroupMeta(**{**values, "regions": regions})

@@ -1,0 +1,205 @@
+"""Shards: plain WebDataset tars with an index and a manifest, written once, verified on every read.
+
+In: groups with their keys. Out: `<shards>/<split>/000000.tar ...` and random access to any group of them.
+
+    genes.tsv             the vocabulary: Ensembl id, symbol, share of counts on training donors
+    manifest.json         schema version, gene hash, panels, geometry, per split: shards with sha256, counts
+    <split>/index.npz     per group: shard, offset, size, sha256, profiles, tiles, key
+    <split>/000000.tar    ustar, fixed owner, mode and time: rebuilt shards are byte-identical
+"""
+
+import functools
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storm import files, schema
+from storm.genes import GeneTable, unpack_panel
+
+_BLOCK = 512
+MANIFEST, GENES, INDEX = "manifest.json", "genes.tsv", "index.npz"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where each group of a split lies, and what it holds; all arrays are of length n (groups)."""
+
+    shard: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int64]  # bytes from the start of the tar
+    size: npt.NDArray[np.int64]  # bytes of the group's members with their headers
+    sha256: npt.NDArray[np.uint8]  # [n, 32] of those bytes
+    profiles: npt.NDArray[np.int32]
+    tiles: npt.NDArray[np.int32]
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the groups' own hashes in their order: it names the data a stream runs over."""
+        return hashlib.sha256(self.sha256.tobytes()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the index, complete or not at all."""
+        arrays = {name: getattr(self, name) for name in ("shard", "offset", "size", "sha256", "profiles", "tiles")}
+        files.write_bytes(path, schema.save_arrays({**arrays, "keys": schema.pack_text(self.keys)}))
+
+    @classmethod
+    def load(cls, path: Path) -> "Index":
+        """Read an index. Raises ValueError where there is none."""
+        if not path.is_file():
+            raise ValueError(f"{path}: no such index; the shard set is incomplete, run data_prep.pack again")
+        with np.load(path, allow_pickle=False) as arrays:
+            values = {name: arrays[name] for name in arrays.files}
+        return cls(keys=schema.unpack_text(values.pop("keys")), **values)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode, entry.mtime = len(data), 0o644, 0
+    tar.addfile(entry, io.BytesIO(data))
+
+
+def group_bytes(key: str, group: schema.Group) -> bytes:
+    """A group's span of a tar: its members with their headers, whole blocks, without the end-of-archive mark."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in schema.encode(group):
+            _add(tar, f"{key}.{name}", data)
+        end = tar.offset
+    return buffer.getvalue()[:end]
+
+
+def write_split(folder: Path, groups: Iterable[tuple[str, schema.Group]], target_bytes: int) -> dict[str, Any]:
+    """Write a split's shards and its index; a shard is closed once it passes `target_bytes`.
+
+    Returns:
+        The split's entry for the manifest: shards with size and sha256, and the counts.
+    """
+    rows: list[tuple[int, int, int, bytes, int, int, str]] = []
+    shards: list[dict[str, Any]] = []
+    pending: list[bytes] = []
+    size = 0
+
+    def close() -> None:
+        nonlocal pending, size
+        data = b"".join([*pending, bytes(2 * _BLOCK)])
+        name = f"{len(shards):06d}.tar"
+        files.write_bytes(folder / name, data)
+        shards.append({"name": name, "bytes": len(data), "sha256": files.sha256_of(data), "groups": len(pending)})
+        pending, size = [], 0
+
+    for key, group in groups:
+        span = group_bytes(key, group)
+        digest = hashlib.sha256(span).digest()
+        rows.append((len(shards), size, len(span), digest, len(group.profiles), len(group.tiles), key))
+        pending.append(span)
+        size += len(span)
+        if size >= target_bytes:
+            close()
+    if pending:
+        close()
+    index = _index(rows)
+    index.save(folder / INDEX)
+    return {
+        "shards": shards, "groups": len(index), "profiles": int(index.profiles.sum()), "tiles": int(index.tiles.sum()),
+        "index_sha256": files.sha256_file(folder / INDEX),
+    }  # fmt: skip
+
+
+def _index(rows: list[tuple[int, int, int, bytes, int, int, str]]) -> Index:
+    shard, offset, size, digests, profiles, tiles, keys = zip(*rows, strict=True) if rows else ([],) * 7
+    return Index(
+        np.array(shard, np.int32), np.array(offset, np.int64), np.array(size, np.int64),
+        np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32), np.array(profiles, np.int32),
+        np.array(tiles, np.int32), list(keys),
+    )  # fmt: skip
+
+
+def _members(span: bytes) -> dict[str, bytes]:
+    """Name behind the key -> bytes. Read by hand: tarfile takes about ten times as long per member."""
+    found, at = {}, 0
+    while at + _BLOCK <= len(span):
+        name = span[at : at + 100].rstrip(b"\0").decode()
+        size = int(span[at + 124 : at + 136].rstrip(b"\0 "), 8)
+        found[name.partition(".")[2]] = span[at + _BLOCK : at + _BLOCK + size]
+        at += _BLOCK + -(-size // _BLOCK) * _BLOCK
+    return found
+
+
+class ShardSet:
+    """A folder of shards, open for reading."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a shard set.
+
+        Raises:
+            ValueError: no manifest (pack writes it last), another schema version, or genes of another hash.
+        """
+        self.folder = folder
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ValueError(f"{path}: no shard manifest; run python -m data_prep.pack to its end")
+        self.manifest: dict[str, Any] = files.read_json(path)
+        version = self.manifest.get("schema_version")
+        if version != schema.SCHEMA_VERSION:
+            raise ValueError(f"{path}: schema version {version}, this code reads {schema.SCHEMA_VERSION}; pack again")
+        self.genes = GeneTable.read(folder / GENES)
+        if files.sha256_file(folder / GENES) != self.manifest["genes_sha256"]:
+            raise ValueError(f"{folder / GENES}: not the table that was packed (sha256); pack again")
+
+    @functools.cached_property
+    def panels(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """Panel id -> bool [G] over the vocabulary."""
+        size = len(self.genes)
+        return {name: unpack_panel(entry["mask"], size) for name, entry in self.manifest["panels"].items()}
+
+    def index(self, split: str) -> Index:
+        """The index of a split. Raises ValueError where the set has no such split, or its index was changed."""
+        if split not in self.manifest["splits"]:
+            raise ValueError(f"{self.folder}: has no split {split!r}; it has {sorted(self.manifest['splits'])}")
+        path = self.folder / split / INDEX
+        index = Index.load(path)
+        if files.sha256_file(path) != self.manifest["splits"][split]["index_sha256"]:
+            raise ValueError(f"{path}: not the index that was packed (sha256); pack again")
+        return index
+
+    def read(self, split: str, index: Index, i: int) -> schema.Group:
+        """Group i of a split, verified against its hash.
+
+        Raises:
+            ValueError: the shard is missing, truncated or damaged there (names shard and key).
+        """
+        path = self.folder / split / f"{index.shard[i]:06d}.tar"
+        source = f"{path}: group {index.keys[i]}"
+        if not path.is_file():
+            raise ValueError(f"{source}: the shard is missing; restore it or pack again")
+        with path.open("rb") as handle:
+            handle.seek(int(index.offset[i]))
+            span = handle.read(int(index.size[i]))
+        if hashlib.sha256(span).digest() != index.sha256[i].tobytes():
+            fact = "truncated" if len(span) < index.size[i] else "damaged (sha256)"
+            raise ValueError(f"{source}: {fact}; restore the shard or pack again")
+        return schema.decode(_members(span), source)
+
+
+def verify(folder: Path) -> list[str]:
+    """Read every shard of a set against its sha256; one line per fault, none where all is well."""
+    shard_set = ShardSet(folder)
+    faults = []
+    for split, entry in shard_set.manifest["splits"].items():
+        for shard in entry["shards"]:
+            path = folder / split / shard["name"]
+            if not path.is_file():
+                faults.append(f"{path}: missing; restore it or pack again")
+            elif files.sha256_file(path) != shard["sha256"]:
+                faults.append(f"{path}: its sha256 is not that of the manifest; restore it or pack again")
+    return faults
