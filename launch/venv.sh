@@ -6,13 +6,14 @@
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-die() { printf '%s: %s\n' "${0##*/}" "$1" >&2; exit 1; }
+die() { printf '%s: %s\n' "$0" "$1" >&2; exit 1; }
 
-find_python() { # sets $python: the first of $PYTHON, python3, ... that is 3.11 or newer
-  for python in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
+find_python() { # sets $python: $PYTHON where given, else the first of python3, ... that is 3.11 or newer
+  local known="python3 python3.13 python3.12 python3.11"
+  for python in ${PYTHON:-$known}; do
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return
   done
-  die "no Python 3.11 or newer found. Install one (Debian 12: apt-get install python3 python3-venv) or name it:
+  die "no Python 3.11 or newer among: ${PYTHON:-$known}. Install one (Debian 12: apt-get install python3 python3-venv) or name it:
   PYTHON=/path/to/python3.12 $0"
 }
 
