@@ -1,0 +1,21 @@
+"""Command line: `python -m data_prep.synthetic OUT --size tiny|quickstart|benchmark --seed 0 --workers 2`."""
+
+import argparse
+from pathlib import Path
+
+from data_prep.synthetic.corpus import SIZES, write_corpus
+
+
+def main() -> None:
+    """Parse the arguments and write the corpus."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.synthetic", description="Write synthetic tissue.")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--size", choices=sorted(SIZES), default="quickstart")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    args = parser.parse_args()
+    print(write_corpus(args.out, args.size, args.seed, args.workers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Genes of five known classes and what a section's profiles count of them.
+
+In: cells with latents, footprints, a section's depth. Out: integer counts and the oracle, the expected composition.
+Class a follows cell types and density, b the arrangement (gland or scattered), c the niche, d fields that no pixel shows,
+e nothing but donor and noise. Each class has a fixed share of the molecules in every cell, so that the closure of
+compositions carries nothing from one class to another. A spot is the sum of the cells under its footprint.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse, spatial
+
+from data_prep.synthetic.tissue import LATENTS, NICHE_NEUTRAL, Floats, Tissue
+from storm import genes
+
+CLASSES = ("a", "b", "c", "d", "e")
+SHARES = (0.20, 0.20, 0.20, 0.15, 0.25)  # of the genes and of the molecules
+PLATFORMS = ("visium", "st")
+_ORDINARY = re.compile(r"(?!MIR|LINC|SNOR|RNU|RNA|LOC|IGH|IGK|IGL|TRA|TRB|TRG|TRD|MT|SCARNA|OR\d|VTRNA)[A-Z]{2,5}\d{0,2}[A-Z]?")
+
+
+@dataclass(frozen=True)
+class GenePanel:
+    """G genes: names, class and how their log expression answers to the latents."""
+
+    ids: npt.NDArray[np.str_]
+    symbols: npt.NDArray[np.str_]
+    kind: npt.NDArray[np.str_]  # [G] of CLASSES
+    level: Floats  # [G] log mean
+    loading: Floats  # [len(LATENTS), G]
+    efficiency: Floats  # [platform, G] log
+    stain_programme: npt.NDArray[np.bool_]  # [G] genes of class e that rise with the section's stain in training donors
+
+
+def choose_genes(count: int, seed: int) -> GenePanel:
+    """`count` human genes with unambiguous, ordinary symbols; classes and loadings are pure functions of (count, seed)."""
+    rng = np.random.default_rng([seed, 101])
+    table = genes.shipped("human")
+    names, first, times = np.unique(np.array(table.symbols), return_index=True, return_counts=True)
+    usable = [i for i, name, n in zip(first, names, times, strict=True) if n == 1 and _ORDINARY.fullmatch(name)]
+    chosen = np.sort(rng.choice(np.array(usable), count, replace=False))
+    kind = np.repeat(CLASSES, np.diff(np.rint(np.cumsum([0, *SHARES]) * count).astype(np.int64)))
+    rng.shuffle(kind)
+    programme = (kind == "e") & (rng.random(count) < 1 / 3)
+    level = rng.normal(0, 0.8, count)
+    efficiency = rng.normal(0, 0.6, (len(PLATFORMS), count))
+    ids, symbols = np.array(table.ids)[chosen], np.array(table.symbols)[chosen]
+    return GenePanel(ids, symbols, kind, level, _loadings(rng, kind), efficiency, programme)
+
+
+def _loadings(rng: np.random.Generator, kind: npt.NDArray[np.str_]) -> Floats:
+    """[len(LATENTS), G]: a gene answers to latents of its own class alone."""
+    count = len(kind)
+    sign = np.where(rng.permutation(count) % 2, 1.0, -1.0)
+    strength = sign * rng.uniform(0.8, 1.2, count)
+    loading = np.zeros((len(LATENTS), count))
+    marker = rng.choice([0, 1, 2, 4], count, p=[0.3, 0.35, 0.25, 0.1])  # latent that a class-a gene follows
+    a = np.flatnonzero(kind == "a")
+    loading[marker[a], a] = np.where(marker[a] == 4, 0.6 * strength[a], 2.2 * np.abs(strength[a]))
+    loading[LATENTS.index("gland"), kind == "b"] = 0.8 * strength[kind == "b"]
+    loading[LATENTS.index("niche"), kind == "c"] = 1.7 * strength[kind == "c"]
+    field = LATENTS.index("field0") + rng.integers(0, 3, count)
+    d = np.flatnonzero(kind == "d")
+    loading[field[d], d] = 0.7 * strength[d]
+    return loading
+
+
+def cell_expression(panel: GenePanel, latent: Floats, shift: Floats) -> Floats:
+    """Composition [C, G] of cells with `latent` [C, L]; `shift` [G]: what platform, donor and section add to the log."""
+    centred = latent - np.eye(len(LATENTS))[LATENTS.index("niche")] * NICHE_NEUTRAL
+    expression = np.exp(panel.level + shift + centred @ panel.loading)
+    for name, share in zip(CLASSES, SHARES, strict=True):
+        own = panel.kind == name
+        expression[:, own] *= share / expression[:, own].sum(1, keepdims=True)
+    return expression
+
+
+def under_discs(tissue: Tissue, centres_um: Floats, diameter_um: float) -> sparse.csr_array:
+    """Incidence [N, C] of cells under discs."""
+    hits = spatial.KDTree(tissue.xy_um).query_ball_point(centres_um, diameter_um / 2, return_sorted=True)
+    indptr = np.concatenate([[0], np.cumsum([len(h) for h in hits])]).astype(np.int64)
+    columns = np.concatenate([np.asarray(h, np.int64) for h in hits]) if indptr[-1] else np.zeros(0, np.int64)
+    return sparse.csr_array((np.ones(len(columns)), columns, indptr), shape=(len(hits), len(tissue.kind)))
+
+
+def expected_composition(panel: GenePanel, tissue: Tissue, incidence: sparse.csr_array, shift: Floats) -> Floats:
+    """The oracle [N, G]: the share of molecules expected in each profile, given the latents of the cells under it."""
+    total = incidence @ cell_expression(panel, tissue.latent, shift)
+    return total / total.sum(1, keepdims=True)
+
+
+def measure(rng: np.random.Generator, expected: Floats, depth: Floats) -> npt.NDArray[np.int32]:
+    """Counts [N, G], negative binomial about depth x expected composition (shape 10)."""
+    return rng.poisson(depth[:, None] * expected * rng.gamma(10.0, 0.1, expected.shape)).astype(np.int32)
