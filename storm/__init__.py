@@ -8,7 +8,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOME = {"load": "storm.export", "embed": "storm.inference", "predict": "storm.inference"}
+_HOME = {"load": "storm.export", "embed": "storm.results", "predict": "storm.results"}
 
 __all__ = ["__version__", *_HOME]
 

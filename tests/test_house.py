@@ -16,8 +16,8 @@ ROOTS = ("storm", "data_prep", "launch")
 
 # Module or package -> layer. A module of storm that is neither named here nor inside a package named here has no layer,
 # which is an error: whoever adds it says where it belongs.
-BASE = ("schema", "genes", "presets", "regions", "store", "shards", "config", "files")
-ABOVE = ("data", "model", "losses", "train", "export", "inference", "evaluate", "cli")
+BASE = ("schema", "genes", "presets", "regions", "store", "shards", "checkpoints", "config", "files")
+ABOVE = ("data", "model", "losses", "train", "export", "inference", "results", "evaluate", "cli")
 LAYERS = {
     "storm": "base",  # storm/__init__.py itself
     **{f"storm.{name}": "base" for name in BASE},
@@ -37,11 +37,12 @@ MAY_IMPORT = {
     "train": _MIDDLE,
     "export": _MIDDLE,
     "inference": _MIDDLE | {"train", "export"},
-    "evaluate": _UPPER,
-    "cli": _UPPER | {"evaluate"},
-    "launch": _UPPER | {"evaluate", "cli"},
+    "results": _UPPER,
+    "evaluate": _UPPER | {"results"},
+    "cli": _UPPER | {"results", "evaluate"},
+    "launch": _UPPER | {"results", "evaluate", "cli"},
 }
-MAY_IMPORT_LAZILY = {layer: {"data_prep"} for layer in ("inference", "evaluate", "cli", "launch")}
+MAY_IMPORT_LAZILY = {layer: {"data_prep"} for layer in ("inference", "results", "evaluate", "cli", "launch")}
 ONLY_IN = {"deepspeed": "storm.train", "openslide": "data_prep.slides"}  # library -> module or package
 
 TOP_FOLDERS = {"storm", "data_prep", "launch", "configs", "tests", "slurm"}

@@ -1,0 +1,59 @@
+"""Where a run keeps its checkpoints, and how a complete one is told from a torn one; no torch, no deepspeed.
+
+In: a run folder. Out: its complete checkpoints, verified against their markers.
+
+    <run_dir>/checkpoints/step_0001000/
+        deepspeed/            the engine's own files: trusted input, read by the run that wrote them and nobody else
+        model.safetensors     consolidated fp32 weights
+        model.json            {"model": ModelConfig, "n_genes": G}
+        genes.tsv             the vocabulary with its shares
+        reference.json        what inference needs of the shard manifest, and the counts of the training data
+        config.yaml           the resolved RunConfig
+        position.json         where the stream stands
+        rng_rank<r>.json      generators
+        COMPLETE              json, written last: step, versions, {"files": {relative name: sha256}}
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from storm import files
+
+FOLDER, MARKER = "checkpoints", "COMPLETE"
+_NAME = re.compile(r"step_(\d+)")
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest step first; folders without a marker do not count."""
+    found = [
+        (int(match[1]), path) for path in (run_dir / FOLDER).glob("step_*") if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found) if (path / MARKER).is_file()]
+
+
+def latest(run_dir: Path) -> Path:
+    """The newest complete checkpoint. Raises ValueError where the run has none."""
+    found = complete(run_dir)
+    if not found:
+        raise ValueError(f"{run_dir}: holds no complete checkpoint ({FOLDER}/step_*/{MARKER}); train it further")
+    return found[-1]
+
+
+def verify(checkpoint: Path, names: list[str]) -> dict[str, Any]:
+    """The marker of a checkpoint whose files `names` are those that were written.
+
+    Raises:
+        ValueError: no marker, or a file that is missing or changed (it is named).
+    """
+    path = checkpoint / MARKER
+    if not path.is_file():
+        raise ValueError(f"{checkpoint}: is no complete checkpoint ({MARKER} is absent); use an older one")
+    marker: dict[str, Any] = files.read_json(path)
+    for name in names:
+        file = files.inside(checkpoint, name)
+        if not file.is_file():
+            raise ValueError(f"{file}: is missing; the checkpoint is damaged, use an older one")
+        if files.sha256_file(file) != marker["files"].get(name):
+            raise ValueError(f"{file}: its sha256 is not that of {MARKER}; the checkpoint is damaged, use an older one")
+    return marker
