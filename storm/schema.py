@@ -70,6 +70,9 @@ BATCH = {
     "depth_mask": ("bool", "R N"),  # wholly hidden, L > 0
 }
 
+# What the image loss regresses, per tile: means and spreads of the two stains, shares of nuclear and of tissue pixels.
+TILE_STATS = ("hematoxylin_mean", "hematoxylin_sd", "eosin_mean", "eosin_sd", "nuclear_share", "tissue_share")
+
 
 @dataclass(frozen=True)
 class RegionMeta:
