@@ -17,7 +17,7 @@ ROOTS = ("storm", "data_prep", "launch")
 # Module or package -> layer. A module of storm that is neither named here nor inside a package named here has no layer,
 # which is an error: whoever adds it says where it belongs.
 BASE = ("schema", "genes", "presets", "regions", "store", "shards", "checkpoints", "config", "files")
-ABOVE = ("data", "model", "losses", "train", "export", "inference", "results", "evaluate", "cli")
+ABOVE = ("data", "model", "losses", "checkpoints", "train", "export", "inference", "results", "evaluate", "cli")
 LAYERS = {
     "storm": "base",  # storm/__init__.py itself
     **{f"storm.{name}": "base" for name in BASE},
@@ -27,16 +27,17 @@ LAYERS = {
 }
 PACKAGES = {"storm.data", "storm.model", "storm.train", "storm.evaluate", "data_prep", "launch"}
 _MIDDLE = {"base", "data", "model", "losses"}
-_UPPER = _MIDDLE | {"train", "export", "inference"}
+_UPPER = _MIDDLE | {"checkpoints", "train", "export", "inference"}
 MAY_IMPORT = {
     "base": set(),
     "data_prep": {"base"},
     "data": {"base"},
     "model": {"base"},
     "losses": {"base"},
-    "train": _MIDDLE,
-    "export": _MIDDLE,
-    "inference": _MIDDLE | {"train", "export"},
+    "checkpoints": {"base"},  # a run's folder: what train writes and export reads, which are blind to each other
+    "train": _MIDDLE | {"checkpoints"},
+    "export": _MIDDLE | {"checkpoints"},
+    "inference": _UPPER - {"inference"},
     "results": _UPPER,
     "evaluate": _UPPER | {"results"},
     "cli": _UPPER | {"results", "evaluate"},
