@@ -22,6 +22,7 @@ LAYERS = {
     "storm": "base",  # storm/__init__.py itself
     **{f"storm.{name}": "base" for name in BASE},
     **{f"storm.{name}": name for name in ABOVE},
+    "storm.card": "export",  # the card that an export carries
     "data_prep": "data_prep",
     "launch": "launch",
 }
