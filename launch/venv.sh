@@ -23,8 +23,8 @@ make_venv() { # a folder that is no virtual environment is never cleared
   [ -f "$venv/pyvenv.cfg" ] || [ -z "$(ls -A "$venv" 2>/dev/null)" ] ||
     die "$venv is not empty and no virtual environment: name another folder with STORM_VENV"
   mkdir -p "$venv"
-  # The CUDA build of torch and its libraries are most of it; a user who chose another index or build needs less.
-  local need_gb=8 free_gb
+  # 7 GB with the CUDA build of torch, and the downloads; 2.6 GB with a CPU build from an index or constraint of the user.
+  local need_gb=10 free_gb
   [ -z "${PIP_CONSTRAINT:-}${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}" ] || need_gb=3
   free_gb=$(df -Pk "$venv" | awk 'NR == 2 { print int($4 / 1048576) }')
   [ "$free_gb" -ge "$need_gb" ] ||
