@@ -45,7 +45,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(train=2, val=0, test=1, second=0, genes=320, mpp=0.5, visium_um=1000.0, st_um=1200.0),
-    "quickstart": Size(train=5, val=0, test=3, second=2, genes=400, mpp=1.0, visium_um=1500.0, st_um=2600.0),
+    "quickstart": Size(train=5, val=0, test=3, second=2, genes=400, mpp=1.0, visium_um=1500.0, st_um=2400.0),
     "benchmark": Size(train=9, val=2, test=5, second=1, genes=2000, mpp=0.5, visium_um=2600.0, st_um=3200.0),
 }
 

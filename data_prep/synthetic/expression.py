@@ -6,6 +6,7 @@ e nothing but donor and noise. Each class has a fixed share of the molecules in 
 compositions carries nothing from one class to another. A spot is the sum of the cells under its footprint.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from data_prep.synthetic.tissue import LATENTS, NICHE_NEUTRAL, Floats, Tissue
 from storm import genes
 
 CLASSES = ("a", "b", "c", "d", "e")
-SHARES = (0.20, 0.20, 0.20, 0.15, 0.25)  # of the genes and of the molecules
+GENE_SHARES = (0.20, 0.20, 0.20, 0.15, 0.25)
+MOLECULE_SHARES = (0.40, 0.16, 0.16, 0.11, 0.17)
 PLATFORMS = ("visium", "st")
 _ORDINARY = re.compile(r"(?!MIR|LINC|SNOR|RNU|RNA|LOC|IGH|IGK|IGL|TRA|TRB|TRG|TRD|MT|SCARNA|OR\d|VTRNA)[A-Z]{2,5}\d{0,2}[A-Z]?")
 
@@ -35,6 +37,7 @@ class GenePanel:
     stain_programme: npt.NDArray[np.bool_]  # [G] genes of class e that rise with the section's stain in training donors
 
 
+@functools.cache
 def choose_genes(count: int, seed: int) -> GenePanel:
     """`count` human genes with unambiguous, ordinary symbols; classes and loadings are pure functions of (count, seed)."""
     rng = np.random.default_rng([seed, 101])
@@ -42,10 +45,10 @@ def choose_genes(count: int, seed: int) -> GenePanel:
     names, first, times = np.unique(np.array(table.symbols), return_index=True, return_counts=True)
     usable = [i for i, name, n in zip(first, names, times, strict=True) if n == 1 and _ORDINARY.fullmatch(name)]
     chosen = np.sort(rng.choice(np.array(usable), count, replace=False))
-    kind = np.repeat(CLASSES, np.diff(np.rint(np.cumsum([0, *SHARES]) * count).astype(np.int64)))
+    kind = np.repeat(CLASSES, np.diff(np.rint(np.cumsum([0, *GENE_SHARES]) * count).astype(np.int64)))
     rng.shuffle(kind)
     programme = (kind == "e") & (rng.random(count) < 1 / 3)
-    level = rng.normal(0, 0.8, count)
+    level = rng.normal(0, 0.9, count)
     efficiency = rng.normal(0, 0.6, (len(PLATFORMS), count))
     ids, symbols = np.array(table.ids)[chosen], np.array(table.symbols)[chosen]
     return GenePanel(ids, symbols, kind, level, _loadings(rng, kind), efficiency, programme)
@@ -57,9 +60,9 @@ def _loadings(rng: np.random.Generator, kind: npt.NDArray[np.str_]) -> Floats:
     sign = np.where(rng.permutation(count) % 2, 1.0, -1.0)
     strength = sign * rng.uniform(0.8, 1.2, count)
     loading = np.zeros((len(LATENTS), count))
-    marker = rng.choice([0, 1, 2, 4], count, p=[0.3, 0.35, 0.25, 0.1])  # latent that a class-a gene follows
+    marker = rng.choice([0, 1, 2, 4], count, p=[0.25, 0.30, 0.20, 0.25])  # latent that a class-a gene follows
     a = np.flatnonzero(kind == "a")
-    loading[marker[a], a] = np.where(marker[a] == 4, 0.6 * strength[a], 2.2 * np.abs(strength[a]))
+    loading[marker[a], a] = np.where(marker[a] == 4, 0.9 * strength[a], 5.0 * np.abs(strength[a]))
     loading[LATENTS.index("gland"), kind == "b"] = 0.8 * strength[kind == "b"]
     loading[LATENTS.index("niche"), kind == "c"] = 1.7 * strength[kind == "c"]
     field = LATENTS.index("field0") + rng.integers(0, 3, count)
@@ -72,7 +75,7 @@ def cell_expression(panel: GenePanel, latent: Floats, shift: Floats) -> Floats:
     """Composition [C, G] of cells with `latent` [C, L]; `shift` [G]: what platform, donor and section add to the log."""
     centred = latent - np.eye(len(LATENTS))[LATENTS.index("niche")] * NICHE_NEUTRAL
     expression = np.exp(panel.level + shift + centred @ panel.loading)
-    for name, share in zip(CLASSES, SHARES, strict=True):
+    for name, share in zip(CLASSES, MOLECULE_SHARES, strict=True):
         own = panel.kind == name
         expression[:, own] *= share / expression[:, own].sum(1, keepdims=True)
     return expression

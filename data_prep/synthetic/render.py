@@ -4,6 +4,7 @@ In: a `Tissue`, a `Stain` and the pixel size. Out: RGB uint8 [h, w, 3]. Densitie
 Lambert); the two dyes' colours are optical densities per channel after Ruifrok and Johnston (2001).
 """
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -15,7 +16,7 @@ from data_prep.synthetic.tissue import Image, Tissue
 
 HEMATOXYLIN = np.array([0.65, 0.70, 0.29])
 EOSIN = np.array([0.09, 0.91, 0.30])
-BLOOD = np.array([0.00, 0.10, 0.42])  # what hemoglobin takes out beside the eosin
+BLOOD = np.array([0.00, 0.10, 0.55])  # what hemoglobin takes out beside the eosin
 # Per cell type: length and width of the nucleus in um, its hematoxylin, and the eosin and hematoxylin of its surroundings
 NUCLEUS = np.array([[12.0, 3.4, 0.95], [9.6, 7.2, 0.72], [6.4, 6.0, 1.15], [8.2, 6.4, 0.88]])
 SURROUNDINGS = np.array([[0.50, 0.02], [0.38, 0.17], [0.27, 0.11], [0.42, 0.08]])
@@ -49,14 +50,14 @@ def _fibres(rng: np.random.Generator, fibre: Image, size_px: int, mpp: float) ->
     base = rng.standard_normal((size_px, size_px), dtype=np.float32)
     reach = max(3, int(9.0 / mpp))
     axis = np.arange(-reach, reach + 1, dtype=np.float32)
-    angle = cv2.resize(fibre, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
     out = np.zeros_like(base)
-    for direction in np.arange(4) * np.pi / 4:
-        along = axis * np.cos(direction) + axis[:, None] * np.sin(direction)
-        across = axis[:, None] * np.cos(direction) - axis * np.sin(direction)
+    for direction in (0.0, 0.25 * math.pi, 0.5 * math.pi, 0.75 * math.pi):  # Python floats: numpy's would make float64
+        along = axis * math.cos(direction) + axis[:, None] * math.sin(direction)
+        across = axis[:, None] * math.cos(direction) - axis * math.sin(direction)
         kernel = np.exp(-0.5 * ((along * mpp / 6.0) ** 2 + (across * mpp / 0.9) ** 2))
-        kernel /= np.sqrt((kernel**2).sum())
-        out += np.cos(angle - direction) ** 4 * cv2.filter2D(base, -1, kernel)
+        kernel /= np.sqrt((kernel**2).sum())  # noise of sd 1 stays so
+        weight = cv2.resize(np.cos(fibre - direction) ** 4, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
+        out += cv2.multiply(weight, cv2.filter2D(base, -1, kernel))
     return out
 
 
@@ -92,14 +93,8 @@ def _lumens(tissue: Tissue, size_px: int, mpp: float) -> Image:
 
 
 def _surroundings(tissue: Tissue) -> tuple[Image, Image]:
-    """Eosin and hematoxylin between the nuclei, on the raster: each cell colours some 12 um around itself."""
-    size = len(tissue.inside)
-    index = np.clip((tissue.xy_um / tissues.RASTER_UM).astype(np.int64), 0, size - 1)
-    weight = np.zeros((size, size, 4), np.float32)
-    np.add.at(weight, (index[:, 1], index[:, 0], tissue.kind), 1.0)
-    weight = cv2.GaussianBlur(weight, (0, 0), 14.0 / tissues.RASTER_UM) + np.float32([2e-3, 0, 0, 0])
-    share = weight / weight.sum(2, keepdims=True)
-    eosin, hematoxylin = (share @ SURROUNDINGS.astype(np.float32)).transpose(2, 0, 1)
+    """Eosin and hematoxylin between the nuclei, on the raster: what the cells around lend to a place."""
+    eosin, hematoxylin = (tissue.shares @ SURROUNDINGS.astype(np.float32)).transpose(2, 0, 1)
     hyaline = cv2.GaussianBlur((tissue.domain == tissues.HYALINE).astype(np.float32), (0, 0), 4.0)
     return eosin * (1 + 0.35 * hyaline), hematoxylin
 
@@ -175,6 +170,7 @@ def render(rng: np.random.Generator, tissue: Tissue, stain: Stain, mpp: float) -
     """The section as RGB uint8 [h, w, 3] at `mpp` um per pixel, h = w = side / mpp."""
     size_px = round(tissue.side_um / mpp)
     layers = _dyes(rng, tissue, size_px, mpp)
+    assert layers.dtype == np.float32, layers.dtype
     _draw_vessels(rng, tissue, layers, mpp)
     _spoil(rng, stain, layers, mpp)
     layers[0] += 0.012 + 0.008 * _noise(rng, size_px, 1.0)

@@ -25,15 +25,16 @@ FIBROBLAST, EPITHELIUM, LYMPHOCYTE, MACROPHAGE = range(4)
 # Proportions of the four types per domain. Domains 1 and 2 look alike and differ in genes, 0 and 3 the reverse.
 DOMAINS = np.array(
     [
-        [0.50, 0.26, 0.14, 0.10],  # stroma
-        [0.12, 0.70, 0.10, 0.08],  # epithelium
-        [0.12, 0.70, 0.10, 0.08],  # epithelium with another programme
-        [0.50, 0.26, 0.14, 0.10],  # stroma, hyalinised
-        [0.12, 0.24, 0.56, 0.08],  # inflamed
+        [0.60, 0.20, 0.12, 0.08],  # stroma
+        [0.08, 0.76, 0.08, 0.08],  # epithelium
+        [0.08, 0.76, 0.08, 0.08],  # epithelium with another programme
+        [0.60, 0.20, 0.12, 0.08],  # stroma, hyalinised
+        [0.10, 0.18, 0.64, 0.08],  # inflamed
     ]
 )
 HYALINE = 3
 LATENTS = ("fibroblast", "epithelium", "lymphocyte", "macrophage", "density", "gland", "niche", "field0", "field1", "field2")
+OWN_TYPE = 0.3  # of a cell's programme; the rest is its surroundings'
 NICHE_NEUTRAL = 0.35  # at the source itself: the section's mean, so that seeing a vessel tells nothing about its spot
 
 
@@ -51,6 +52,7 @@ class Tissue:
     domain: npt.NDArray[np.int64]  # map
     inside: Image  # map: > 0 within the tissue, about 1 per 60 um of distance from its edge
     fibre: Image  # map: direction of the fibres, radians
+    shares: Image  # map [h, w, 4]: cell types within some 25 um
 
 
 def smooth_field(rng: np.random.Generator, side_um: float, length_um: float) -> Image:
@@ -117,7 +119,7 @@ def _units(rng: np.random.Generator, side_um: float, gland: Image, density: Imag
     count = int(side_um / UNIT_UM) + 2
     row, col = np.divmod(np.arange(count * count), count)
     xy = np.stack([col + 0.5 * (row % 2) - 0.5, row - 0.25], 1) * UNIT_UM + rng.uniform(-4, 4, (len(row), 2))
-    cells = np.clip(np.rint(20 * np.exp(0.3 * at(density, xy)) + rng.normal(0, 1, len(xy))), 9, 32)
+    cells = np.clip(np.rint(20 * np.exp(0.35 * at(density, xy)) + rng.normal(0, 1, len(xy))), 9, 32)
     share = np.cumsum(DOMAINS[at(domain, xy)], 1)
     kind = (rng.random((len(xy), 32, 1)) > share[:, None, :-1]).sum(2)
     kind[np.arange(32)[None] >= cells[:, None]] = -1
@@ -181,6 +183,15 @@ def _warp(rng: np.random.Generator, side_um: float, *places: Floats) -> list[Flo
     return moved
 
 
+def _local_shares(xy_um: Floats, kind: npt.NDArray[np.int64], size: int) -> Image:
+    """Shares [size, size, 4] of the types around each place; fibroblasts where there is no cell."""
+    index = np.clip((xy_um / RASTER_UM).astype(np.int64), 0, size - 1)
+    weight = np.zeros((size, size, 4), np.float32)
+    np.add.at(weight, (index[:, 1], index[:, 0], kind), 1.0)
+    weight = cv2.GaussianBlur(weight, (0, 0), 14.0 / RASTER_UM) + np.array([2e-3, 0, 0, 0], np.float32)
+    return weight / weight.sum(2, keepdims=True)
+
+
 def grow(rng: np.random.Generator, side_um: float) -> Tissue:
     """A section of `side_um`; every field is drawn anew, so that no place or colour of one section foretells another."""
     inside = _outline(rng, side_um)
@@ -199,10 +210,13 @@ def grow(rng: np.random.Generator, side_um: float) -> Tissue:
     stromal = kind == FIBROBLAST  # fibroblasts follow the fibres
     angle = np.where(stromal, at(fibre, xy) + rng.normal(0, 0.25, len(xy)), angle)
     contrast = np.array([0.0, 1.0, -1.0, 0.0, 0.0])[at(domain, xy)]
+    shares = _local_shares(xy, kind, len(inside))
+    # a cell's programme is its own type's and its surroundings'
+    types = OWN_TYPE * (kind[:, None] == np.arange(4)) + (1 - OWN_TYPE) * at(shares, xy)
     latent = np.column_stack(
-        [kind[:, None] == np.arange(4), at(density, xy), np.where(is_gland, 1.0, -1.0), niche(xy, vessels)]
+        [types, at(density, xy), np.where(is_gland, 1.0, -1.0), niche(xy, vessels)]
         + [at(f, xy) + (contrast if i == 0 else 0.0) for i, f in enumerate(fields)]
     )
     keep = _clear(xy, inside, vessels, 3.0)
     lumens = lumens[_clear(lumens[:, :2], inside, vessels, 12.0)]
-    return Tissue(side_um, xy[keep], kind[keep], angle[keep], latent[keep], lumens, vessels, domain, inside, fibre)
+    return Tissue(side_um, xy[keep], kind[keep], angle[keep], latent[keep], lumens, vessels, domain, inside, fibre, shares)
