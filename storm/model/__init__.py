@@ -1,0 +1,1 @@
+"""The three levels of the model (morphology, profile, space) and its heads; knows no rank and no loss."""

@@ -1,0 +1,139 @@
+"""The transformer that serves every level: patches of a tile, parts of a profile, tokens of a region.
+
+In: tokens and, optionally, the rotary code of their places and which of them are context. Out: tokens.
+Shapes: S sequences, L tokens, M tokens at their front that can be attended to, H heads, W head width, D = H W.
+"""
+
+import math
+import zlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Rotation = tuple[Tensor, Tensor]  # cosine and sine, each [..., L, W / 2]
+
+
+class ZeroLinear(nn.Linear):
+    """A Linear that starts at zero: what it feeds starts without it, and learns to use it."""
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+class Constant(nn.Embedding):
+    """A table [rows, columns] that starts at one value everywhere."""
+
+    def __init__(self, rows: int, columns: int, start: float = 0.0) -> None:
+        self.start = start
+        super().__init__(rows, columns)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.start)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Draw the weights of every plain Linear (biases zero) and Embedding with variance 1 / columns.
+
+    Each depends on (seed, its name, its shape) alone: equal on every rank, and not moved by a new neighbour. Other
+    modules keep the values they start with.
+    """
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, nn.Embedding):
+            weight = module.get_parameter("weight")
+            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1]))
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.get_parameter("bias"))
+
+
+def rotation(xy_um: Tensor, head_width: int, shortest_um: float, longest_um: float) -> Rotation:
+    """Rotary code of places [..., L, 2]: half of each head turns with x, half with y (RoPE, arXiv 2104.09864, in 2-D).
+
+    Wavelengths are geometric from `shortest_um` to `longest_um`. Only differences of places act on attention.
+    """
+    steps = torch.linspace(0, 1, head_width // 4, device=xy_um.device, dtype=xy_um.dtype)
+    wavelength = shortest_um * (longest_um / shortest_um) ** steps
+    angle = (2 * math.pi * xy_um[..., None] / wavelength).flatten(-2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_SHLW: Tensor, code: Rotation) -> Tensor:
+    """Turn the pairs (w, w + W / 2) of every head by the angles of `code`."""
+    cos, sin = (part.unsqueeze(-3) for part in code)
+    a, b = x_SHLW.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU, with RMSNorm on queries and keys and without biases.
+
+    Both branches end in a ZeroLinear: a new block is the identity, so that at any depth the first gradients reach the
+    embeddings undistorted; a stack trained from scratch needs it most.
+    """
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        hidden = 16 * math.ceil(width / 6)  # 8/3 of the width: as many weights as a plain MLP of 4 widths
+        self.head_width = head_width
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.query_norm = nn.RMSNorm(head_width, eps=1e-6)
+        self.key_norm = nn.RMSNorm(head_width, eps=1e-6)
+        self.attended = ZeroLinear(width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = ZeroLinear(hidden, width, bias=False)
+
+    def forward(self, x_SLD: Tensor, code: Rotation | None = None, context_SM: Tensor | None = None) -> Tensor:
+        """Tokens after one block. See `Transformer.forward`."""
+        x_SLD = x_SLD + self._attend(self.attention_norm(x_SLD), code, context_SM)
+        gate, up = self.gate_up(self.mlp_norm(x_SLD)).chunk(2, dim=-1)
+        return x_SLD + self.down(F.silu(gate) * up)
+
+    def _attend(self, x_SLD: Tensor, code: Rotation | None, context_SM: Tensor | None) -> Tensor:
+        m = x_SLD.shape[1] if context_SM is None else context_SM.shape[1]
+        key, value = self.key_value(x_SLD[:, :m]).chunk(2, dim=-1)
+        query_SHLW = self.query_norm(self._heads(self.query(x_SLD)))
+        key_SHMW, value_SHMW = self.key_norm(self._heads(key)), self._heads(value)
+        if code is not None:
+            query_SHLW = rotate(query_SHLW, code)
+            key_SHMW = rotate(key_SHMW, (code[0][..., :m, :], code[1][..., :m, :]))
+        mask = None if context_SM is None else context_SM[:, None, None, :]
+        query_SHLW, key_SHMW = query_SHLW.type_as(value), key_SHMW.type_as(value)  # the code is float32 under autocast
+        y_SHLW = F.scaled_dot_product_attention(query_SHLW, key_SHMW, value_SHMW, attn_mask=mask)
+        return self.attended(y_SHLW.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_SLD: Tensor) -> Tensor:
+        """[S, L, D] -> [S, H, L, W]."""
+        return x_SLD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+
+class Transformer(nn.Module):
+    """`depth` blocks and a last RMSNorm."""
+
+    def __init__(self, depth: int, width: int, head_width: int, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, head_width) for _ in range(depth))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.activation_checkpointing = activation_checkpointing
+
+    def forward(self, x_SLD: Tensor, code: Rotation | None = None, context_SM: Tensor | None = None) -> Tensor:
+        """Tokens after all blocks.
+
+        Args:
+            x_SLD: tokens.
+            code: `rotation` of their places; None where order and place mean nothing.
+            context_SM: which of the first M tokens are attended to; nobody attends to a token after them, and each
+                token reaches its own output on the residual alone. None: all attend to all.
+        """
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_SLD = checkpoint(block, x_SLD, code, context_SM, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_SLD = block(x_SLD, code, context_SM)
+        return self.norm(x_SLD)

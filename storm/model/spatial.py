@@ -1,0 +1,57 @@
+"""Level 3, space: what is known of a region is context, everything else is a query that only reads it.
+
+In: tile summaries and profile vectors with their places in um. Out: both, informed by the region.
+Shapes: R regions, C tiles, N profiles, L = registers + C + N tokens, M = largest context of a region, D space width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from storm.model.layers import Transformer, rotation
+from storm.presets import ModelConfig
+
+WAVELENGTHS_UM = 50.0, 6400.0  # from a spot to a section
+
+
+def take(x: Tensor, order_RL: Tensor) -> Tensor:
+    """Tokens [R, L, ...] in another order."""
+    return torch.take_along_dim(x, order_RL.view(*order_RL.shape, *[1] * (x.ndim - 2)), dim=1)
+
+
+class Space(nn.Module):
+    """Every token attends to the context and to nothing else, at every block.
+
+    A context token and a query obey the same equations; the only difference is that nobody attends to a query. So an
+    answer does not depend on what else is asked, and a profile that is both is one token. Registers (learned, at the
+    region's centre) are always context, so that it is never empty.
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.registers = nn.Embedding(config.registers, config.space_width)
+        self.blocks = Transformer(config.space_depth, config.space_width, config.head_width, activation_checkpointing)
+
+    def forward(
+        self, tiles_RCD: Tensor, profiles_RND: Tensor, context_RL: Tensor, place_um_RL2: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tiles [R, C, D] and profiles [R, N, D] after the last block.
+
+        Args:
+            tiles_RCD: summaries, or a mask token, per tile.
+            profiles_RND: profile vectors.
+            context_RL: which tiles and profiles (in this order) are context; L = C + N here.
+            place_um_RL2: their centres, centred per region.
+        """
+        regions, n_tiles, n = len(tiles_RCD), tiles_RCD.shape[1], self.registers.num_embeddings
+        registers = self.registers(torch.arange(n, device=tiles_RCD.device)).expand(regions, -1, -1)
+        x_RLD = torch.cat([registers.to(tiles_RCD.dtype), tiles_RCD, profiles_RND], dim=1)
+        context_RL = torch.cat([context_RL.new_ones(regions, n), context_RL], dim=1)
+        place_um_RL2 = torch.cat([place_um_RL2.new_zeros(regions, n, 2), place_um_RL2], dim=1)
+
+        first_RL = (~context_RL).byte().argsort(dim=1, stable=True)  # context before queries
+        m = int(context_RL.sum(1).max())
+        code = rotation(take(place_um_RL2, first_RL), self.head_width, *WAVELENGTHS_UM)
+        x_RLD = self.blocks(take(x_RLD, first_RL), code, take(context_RL, first_RL)[:, :m])
+        x_RLD = take(x_RLD, first_RL.argsort(dim=1))
+        return x_RLD[:, n : n + n_tiles], x_RLD[:, n + n_tiles :]

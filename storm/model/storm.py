@@ -1,0 +1,129 @@
+"""The model: tiles -> profiles -> region -> heads.
+
+In: a batch (storm.schema.BATCH). Out: a dict of tensors,
+
+    log_composition [R, N, K]   log share of each loss gene in the counts of the region's target panel
+    log_dispersion  [R, N, K]   log size r of the negative binomial
+    depth_mean      [R, N]      slide-centred log density of counts, and
+    depth_log_var   [R, N]      its log variance
+    tile_stats      [R, C, S]   stain statistics, meant for hidden tiles
+    embedding       [R, N, D]   the profile's vector, as exported
+
+Every module runs in every forward; what is absent is masked. Shapes: R regions, C tiles per region, T tiles packed,
+N profiles per region, K loss genes, S tile statistics, G vocabulary, D width of the level, F fusion width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from storm.model.expression import BagEncoder, GeneEmbedding
+from storm.model.footprint import FootprintReader
+from storm.model.heads import Decoder, DepthHead, TileHead
+from storm.model.layers import Transformer, initialise
+from storm.model.morphology import TileEncoder
+from storm.model.spatial import Space
+from storm.presets import ModelConfig
+from storm.schema import PLATFORMS
+
+LOG_SPOT_UM = math.log(55)  # footprint sizes are fed relative to a Visium spot
+
+
+class Fusion(nn.Module):
+    """Level 2: one vector from what is known of a profile alone.
+
+    Four tokens: morphology under the footprint, morphology of the window, expression, and the measurement (footprint
+    size, platform, organ, how much of footprint and window was readable). The last is always there and is read out.
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        width = config.fusion_width
+        self.footprint = nn.Linear(config.image_width, width)
+        self.window = nn.Linear(config.image_width, width)
+        self.absent = nn.Embedding(3, width)  # in place of a missing footprint, window or expression
+        self.measure = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width))
+        self.platform = nn.Embedding(len(PLATFORMS), width)
+        self.organ = nn.Embedding(1 + len(config.organs), width)
+        self.blocks = Transformer(config.fusion_depth, width, config.head_width, activation_checkpointing)
+        self.out = nn.Linear(width, config.space_width)
+
+    def forward(
+        self, feature_RN2D: Tensor, valid_RN2: Tensor, expression_RNF: Tensor, batch: dict[str, Tensor]
+    ) -> Tensor:
+        """Profile vectors [R, N, D]."""
+        known = [self.footprint(feature_RN2D[:, :, 0]), self.window(feature_RN2D[:, :, 1]), expression_RNF]
+        present_RN3 = torch.cat([valid_RN2 > 0, batch["visible"][..., None]], dim=-1)
+        absent_3F = self.absent(torch.arange(3, device=present_RN3.device))
+        parts_RN3F = torch.where(present_RN3[..., None], torch.stack(known, dim=2), absent_3F)
+        size_RN1 = batch["footprint_input"][..., None] - LOG_SPOT_UM
+        context_RF = self.platform(batch["platform"]) + self.organ(batch["organ"])
+        measure_RNF = self.measure(torch.cat([size_RN1, valid_RN2], dim=-1)) + context_RF[:, None]
+        tokens = torch.cat([parts_RN3F, measure_RNF[:, :, None]], dim=2).flatten(0, 1)
+        return self.out(self.blocks(tokens)[:, -1]).unflatten(0, valid_RN2.shape[:2])
+
+
+class Storm(nn.Module):
+    """STORM (this project).
+
+    Args:
+        config: sizes.
+        n_genes: length of the vocabulary, G.
+        seed: of the initial weights, which are the same on every rank.
+        activation_checkpointing: recompute each block's activations in the backward pass.
+    """
+
+    def __init__(
+        self, config: ModelConfig, n_genes: int, seed: int = 0, activation_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):  # torch's constructors draw from the global state; leave it as it was
+            self.morphology = TileEncoder(config, activation_checkpointing)
+            self.footprint = FootprintReader(config)
+            self.genes = GeneEmbedding(n_genes, config.gene_width)
+            self.expression = BagEncoder(config)
+            self.fusion = Fusion(config, activation_checkpointing)
+            self.tile = nn.Linear(config.image_width, config.space_width)
+            self.hidden_tile = nn.Embedding(1, config.space_width)
+            self.space = Space(config, activation_checkpointing)
+            self.decoder = Decoder(config, n_genes)
+            self.depth = DepthHead(config)
+            self.tile_stats = TileHead(config)
+        initialise(self, seed)
+
+    @torch.no_grad()
+    def set_gene_bias(self, log_share_G: Tensor) -> None:
+        """Start the decoder at the expected composition: b_g = log share."""
+        self.decoder.gene_bias.weight.copy_(log_share_G[:, None])
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See the module's docstring."""
+        map_TPD, summary_TD = self.morphology(batch["tiles"], batch["tile_weight"])
+        feature_RN2D, valid_RN2 = self.footprint(map_TPD, batch)
+        profiles_RND = self.fusion(feature_RN2D, valid_RN2, self.expression(self.genes, batch), batch)
+
+        encoded_RC = batch["tile_present"] & ~batch["tile_hidden"]
+        tiles_RCD = self._place(self.tile(summary_TD) * batch["tile_weight"][:, None], batch["tile_slot"], encoded_RC)
+        context_RL = torch.cat([encoded_RC, batch["visible"]], dim=1)
+        place_um_RL2 = torch.cat([batch["tile_pos_um"], batch["pos_um"]], dim=1)
+        tiles_RCD, h_RND = self.space(tiles_RCD, profiles_RND, context_RL, place_um_RL2)
+
+        log_composition, log_dispersion = self.decoder(h_RND, self.genes(batch["genes"]), batch)
+        depth_mean, depth_log_var = self.depth(h_RND, batch["platform"])
+        return {
+            "log_composition": log_composition,
+            "log_dispersion": log_dispersion,
+            "depth_mean": depth_mean,
+            "depth_log_var": depth_log_var,
+            "tile_stats": self.tile_stats(tiles_RCD),
+            "embedding": h_RND,
+        }
+
+    def _place(self, tile_TD: Tensor, slot_T: Tensor, encoded_RC: Tensor) -> Tensor:
+        """[R, C, D]: packed tiles at their slots, the learned vector of a hidden tile elsewhere. A dummy adds zero."""
+        flat = tile_TD.new_zeros(encoded_RC.numel(), tile_TD.shape[1])
+        tiles_RCD = flat.index_add(0, slot_T.clamp_min(0), tile_TD).view(*encoded_RC.shape, -1)
+        hidden_1D = self.hidden_tile(slot_T.new_zeros(1)).to(tile_TD.dtype)
+        return torch.where(encoded_RC[..., None], tiles_RCD, hidden_1D)
