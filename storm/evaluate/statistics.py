@@ -1,0 +1,80 @@
+"""Pearson within a slide, and intervals from a bootstrap of spatial blocks.
+
+In: predictions and measurements [N, K] of the sections of a test set, and where the profiles lie. Out: one figure per
+gene, their mean, and its interval. A block is resampled as a whole, because neighbouring profiles are no independent
+draws.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+BLOCK_UM = 1000.0
+REPLICATES = 1000
+_TINY = 1e-12  # of the variance of unit-scaled values: below it a column counts as constant
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def blocks(xy_um: Floats, side_um: float = BLOCK_UM) -> npt.NDArray[np.int64]:
+    """[N] number of the square of `side_um` in which each profile lies; squares without profiles are not counted."""
+    place = np.floor((xy_um - xy_um.min(0)) / side_um).astype(np.int64)
+    return np.unique(place, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _scaled(values: Floats) -> Floats:
+    """Columns of mean 0 and sd 1, so that sums of squares stay exact; a constant column becomes 0."""
+    centred = values - values.mean(0)
+    spread = centred.std(0)
+    constant = spread <= 1e-9 * np.maximum(np.abs(values).max(0), 1e-300)
+    return np.where(constant, 0.0, centred / np.where(constant, 1.0, spread))
+
+
+def _moments(predicted: Floats, measured: Floats, block: npt.NDArray[np.int64]) -> Floats:
+    """[6, blocks, K] sums of 1, x, y, x2, y2, xy in each block."""
+    x, y = _scaled(predicted), _scaled(measured)
+    member = np.zeros((int(block.max()) + 1, len(block)))
+    member[block, np.arange(len(block))] = 1
+    return np.stack([member @ term for term in (np.ones_like(x), x, y, x * x, y * y, x * y)])
+
+
+def _pearson_of(sums: Floats) -> Floats:
+    """Pearson from sums [6, ..., K]; 0 where one side is constant."""
+    n, x, y, xx, yy, xy = sums
+    n = np.maximum(n, 1)
+    spread = np.maximum(xx / n - (x / n) ** 2, 0) * np.maximum(yy / n - (y / n) ** 2, 0)
+    return np.where(spread > _TINY, (xy / n - x * y / n**2) / np.sqrt(np.maximum(spread, _TINY)), 0.0)
+
+
+def pearson(predicted: Floats, measured: Floats) -> Floats:
+    """[K] correlation of each column over the profiles of one section; a constant column on either side counts as 0."""
+    return _pearson_of(_moments(predicted, measured, np.zeros(len(measured), np.int64)).sum(1))
+
+
+def bootstrap(
+    predicted: Floats, measured: Floats, block: npt.NDArray[np.int64], seed: int, replicates: int = REPLICATES
+) -> Floats:
+    """[replicates, K] correlations of one section with its blocks drawn with replacement.
+
+    The draws depend on (seed, number of blocks) alone, so two methods on one section can be compared pair by pair.
+    """
+    sums = _moments(predicted, measured, block)
+    number = sums.shape[1]
+    rng = np.random.default_rng([seed, number])
+    weight = rng.multinomial(number, np.full(number, 1 / number), size=replicates).astype(np.float64)
+    return _pearson_of(np.einsum("rb,sbk->srk", weight, sums, optimize=True))
+
+
+def interval(value: float, replicates: Floats) -> Interval:
+    """A figure with the 2.5 and 97.5 percentiles of its replicates [R]."""
+    low, high = np.percentile(replicates, [2.5, 97.5])
+    return Interval(float(value), float(low), float(high))

@@ -1,0 +1,169 @@
+"""Checkpoint -> export: the folder that other people load, and its loading.
+
+In: a complete checkpoint. Out: a folder of plain files, complete or absent:
+
+    model.safetensors           weights, names of Storm.state_dict()
+    config.json                 ModelConfig, reference constants, training data, code version
+    preprocessor_config.json    tile_px, tile_mpp, pixel mean and sd
+    genes.tsv                   the vocabulary: Ensembl id, symbol, expected share of counts
+    README.md LICENSE           the card; the licence, or the notice that one must be chosen
+    SHA256SUMS                  of all files above
+
+DeepSpeed's files are never read. `load` needs torch, safetensors and numpy alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from storm import card, checkpoints, files
+from storm.genes import GeneTable, unpack_panel
+from storm.model.morphology import PIXEL_MEAN, PIXEL_SD
+from storm.model.storm import Storm
+from storm.presets import ModelConfig, resolve_model
+
+WEIGHTS, CONFIG, PREPROCESSOR, GENES, SUMS = (
+    "model.safetensors", "config.json", "preprocessor_config.json", "genes.tsv", "SHA256SUMS",
+)  # fmt: skip
+EXPORT_VERSION = 1
+_READ = ["model.safetensors", "model.json", "genes.tsv", "reference.json", "config.yaml"]  # of the checkpoint
+_IDENTITY = (CONFIG, PREPROCESSOR, GENES, WEIGHTS)  # what a prediction depends on
+_REFERENCE = ("slide_log_density", "platform", "panel", "footprint_um", "footprint_kind")
+# A whitelist: whatever else a run remembers of its data (slides, donors) stays in the run.
+_DATA = (
+    "shards_hash", "gene_hash", "split_by", "seed", "spots_side", "licenses", "studies", "organs", "platforms",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """An exported model, loaded: weights in eval mode on the CPU, and what they were made from."""
+
+    model: Storm
+    config: ModelConfig
+    genes: GeneTable
+    reference: dict[str, Any]  # slide_log_density, platform, panel (hex), footprint_um, footprint_kind
+    data: dict[str, Any]  # shards_hash, gene_hash, split_by, seed, licences, counts per study, organ, platform
+    code_version: str
+    hash: str  # of weights, genes and configs: two exports with one hash predict alike
+
+    @property
+    def panel(self) -> npt.NDArray[np.bool_]:
+        """[G] the reference panel: the genes over which a predicted composition sums to 1."""
+        return unpack_panel(self.reference["panel"], len(self.genes))
+
+
+def export(checkpoint: Path, out: Path, license_text: str | None = None) -> Path:
+    """Write the export of a complete checkpoint, replacing a folder `out` that is itself an export.
+
+    Raises:
+        ValueError: the checkpoint is incomplete or damaged, or `out` is something else than an export.
+    """
+    if out.exists() and not (out / SUMS).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists and is no export ({SUMS} is absent); choose another folder")
+    marker = checkpoints.verify(checkpoint, _READ)
+    config = _config(checkpoint, marker)
+    genes = GeneTable.read(checkpoint / GENES)
+    if genes.hash != config["data"]["gene_hash"] or len(genes) != config["n_genes"]:
+        raise ValueError(f"{checkpoint / GENES}: not the genes of this checkpoint; use another one")
+    weights = load_file(checkpoint / WEIGHTS)
+    _build(config, len(genes), weights, checkpoint / WEIGHTS)
+    panel_genes = int(unpack_panel(config["reference"]["panel"], len(genes)).sum())
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    with files.replacing_folder(out) as folder:
+        (folder / WEIGHTS).write_bytes((checkpoint / WEIGHTS).read_bytes())
+        (folder / GENES).write_bytes((checkpoint / GENES).read_bytes())
+        (folder / CONFIG).write_bytes(files.dump_json(config))
+        (folder / PREPROCESSOR).write_bytes(files.dump_json(_preprocessor(config["model"])))
+        (folder / "README.md").write_text(card.model_card(out.name, config, parameters, panel_genes), encoding="utf-8")
+        (folder / "LICENSE").write_text(
+            license_text or card.license_notice(config["data"]["licenses"]), encoding="utf-8"
+        )
+        (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
+    return out
+
+
+def _config(checkpoint: Path, marker: dict[str, Any]) -> dict[str, Any]:
+    """The export's config.json: model, reference, data and versions of a checkpoint."""
+    model = files.read_json(checkpoint / "model.json")
+    reference: dict[str, Any] = files.read_json(checkpoint / "reference.json")
+    return {
+        "export_version": EXPORT_VERSION, "model": model["model"], "n_genes": model["n_genes"],
+        "step": marker["step"], "code_version": marker["code_version"],
+        "reference": {key: reference[key] for key in _REFERENCE},
+        "data": {key: reference[key] for key in _DATA},
+    }  # fmt: skip
+
+
+def _preprocessor(model: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "tile_px": model["tile_px"], "tile_mpp": model["tile_mpp"], "channels": "RGB", "dtype": "uint8",
+        "pixel_mean": list(PIXEL_MEAN), "pixel_sd": list(PIXEL_SD),
+    }  # fmt: skip
+
+
+def _sums(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    return "".join(f"{files.sha256_file(folder / name)}  {name}\n" for name in names)
+
+
+def _build(config: dict[str, Any], n_genes: int, weights: dict[str, torch.Tensor], source: Path) -> Storm:
+    """The model with these weights, in eval mode. Raises ValueError where names or shapes do not fit."""
+    model = Storm(resolve_model(config["model"]), n_genes)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        fact = str(error).splitlines()[1].strip()
+        raise ValueError(
+            f"{source}: weights of another model ({fact}); export it again with the code that trained it"
+        ) from None
+    return model.eval().requires_grad_(False)
+
+
+def verify(folder: Path) -> list[str]:
+    """Check an export against its SHA256SUMS; one line per fault, none where all is well."""
+    path = folder / SUMS
+    if not path.is_file():
+        return [f"{path}: is missing; this is no complete export"]
+    listed = dict(reversed(line.split("  ", 1)) for line in path.read_text(encoding="utf-8").splitlines())
+    faults = [f"{path}: does not list {name}; export again" for name in _IDENTITY if name not in listed]
+    for name, digest in sorted(listed.items()):
+        file = files.inside(folder, name)
+        if not file.is_file():
+            faults.append(f"{file}: is missing; fetch it or export again")
+        elif files.sha256_file(file) != digest:
+            faults.append(f"{file}: its sha256 is not that of {SUMS}; fetch it again or export again")
+    return faults
+
+
+def load(folder: str | Path) -> Pretrained:
+    """Load an export; every file is checked against SHA256SUMS first.
+
+    Raises:
+        ValueError: a file is missing or changed (it is named), or the export is of another version.
+    """
+    folder = Path(folder)
+    if faults := verify(folder):
+        raise ValueError("\n".join(faults))
+    config: dict[str, Any] = files.read_json(folder / CONFIG)
+    if config.get("export_version") != EXPORT_VERSION:
+        raise ValueError(
+            f"{folder / CONFIG}: export version {config.get('export_version')}, this code reads {EXPORT_VERSION}; "
+            "export the checkpoint again"
+        )
+    genes = GeneTable.read(folder / GENES)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS}: not readable as safetensors ({error}); export again") from None
+    identity = "".join(f"{name} {files.sha256_file(folder / name)}\n" for name in _IDENTITY)
+    return Pretrained(
+        _build(config, len(genes), weights, folder / WEIGHTS), resolve_model(config["model"]), genes,
+        config["reference"], config["data"], config["code_version"], files.sha256_of(identity.encode()),
+    )  # fmt: skip

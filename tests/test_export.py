@@ -1,0 +1,160 @@
+"""Export and load: complete or absent, verified file by file, loadable with three libraries, silent about donors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from storm import checkpoints, export, files
+from tests import untrained
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    return export.export(untrained.write_checkpoint(tmp_path / "run"), tmp_path / "model")
+
+
+def test_an_export_loads_to_the_weights_of_its_checkpoint(exported: Path) -> None:
+    assert sorted(p.name for p in exported.iterdir()) == sorted(
+        [
+            "model.safetensors",
+            "config.json",
+            "preprocessor_config.json",
+            "genes.tsv",
+            "README.md",
+            "LICENSE",
+            "SHA256SUMS",
+        ]
+    )
+    pretrained = export.load(exported)
+    expected = untrained.weights()
+    state = pretrained.model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert not pretrained.model.training
+    assert pretrained.genes.ids == untrained.GENES.ids
+    assert pretrained.panel.sum() == 32 and pretrained.panel[:32].all()
+    assert files.read_json(exported / "preprocessor_config.json")["tile_mpp"] == 3.5
+
+
+def test_loading_needs_torch_safetensors_and_numpy_alone(exported: Path) -> None:
+    code = f"""
+import sys, importlib.abc
+allowed = {{"torch", "safetensors", "numpy", "storm"}}
+ours = {{"pydantic", "yaml", "deepspeed", "anndata", "zarr", "pandas", "scipy", "simplejpeg", "h5py", "sklearn",
+        "matplotlib", "data_prep", "openslide", "tifffile"}}
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ours:
+            raise ImportError("blocked " + name)
+sys.meta_path.insert(0, Block())
+import storm
+model = storm.load({str(exported)!r})
+print(type(model.model).__name__, len(model.genes), model.hash)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["Storm", "40", export.load(exported).hash], done.stderr
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "genes.tsv", "README.md", "LICENSE"])
+def test_a_changed_file_is_named(exported: Path, name: str) -> None:
+    data = bytearray((exported / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (exported / name).write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=f"{name}: its sha256 is not that of SHA256SUMS"):
+        export.load(exported)
+
+
+def test_a_missing_file_and_missing_sums_are_named(exported: Path) -> None:
+    (exported / "genes.tsv").unlink()
+    with pytest.raises(ValueError, match=r"genes\.tsv: is missing"):
+        export.load(exported)
+    (exported / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="SHA256SUMS: is missing"):
+        export.load(exported)
+
+
+def test_sums_that_point_outside_are_refused(exported: Path) -> None:
+    with (exported / "SHA256SUMS").open("a") as handle:
+        handle.write("0" * 64 + "  ../../secret\n")
+    with pytest.raises(ValueError, match="leaves its root"):
+        export.load(exported)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    checkpoint = untrained.write_checkpoint(tmp_path / "run", complete=False)
+    model = files.read_json(checkpoint / "model.json")
+    model["model"]["space_width"] = 48
+    files.write_json(checkpoint / "model.json", model)
+    sums = {path.name: files.sha256_file(path) for path in checkpoint.iterdir()}
+    files.write_json(checkpoint / "COMPLETE", {"files": sums, "step": 1, "code_version": "x", "storm_version": "x"})
+    with pytest.raises(ValueError, match=r"model\.safetensors: weights of another model"):
+        export.export(checkpoint, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    checkpoint = untrained.write_checkpoint(tmp_path / "run")
+    (checkpoint / "genes.tsv").write_bytes(b"ensembl_id\tsymbol\n")
+    with pytest.raises(ValueError, match=r"genes\.tsv: its sha256 is not that of COMPLETE"):
+        export.export(checkpoint, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_that_is_no_export_is_not_replaced(exported: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000020"
+    before = (exported / "SHA256SUMS").read_bytes()
+    assert export.export(checkpoint, exported) == exported
+    assert (exported / "SHA256SUMS").read_bytes() == before
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1").write_text("years of work")
+    with pytest.raises(ValueError, match="exists and is no export"):
+        export.export(checkpoint, tmp_path / "thesis")
+
+
+def test_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        checkpoints.latest(run)
+    for step in (9, 100, 20):
+        untrained.write_checkpoint(run, step)
+    untrained.write_checkpoint(run, 200, complete=False)
+    assert checkpoints.latest(run).name == "step_0000100"
+    assert [p.name for p in checkpoints.complete(run)] == ["step_0000009", "step_0000020", "step_0000100"]
+
+
+def test_card_and_licence_tell_terms_and_no_donor(tmp_path: Path) -> None:
+    checkpoint = untrained.write_checkpoint(tmp_path / "run", split_by="section")
+    exported = export.export(checkpoint, tmp_path / "model")
+    card, notice = (exported / "README.md").read_text(), (exported / "LICENSE").read_text()
+    assert "**split_by: section.**" in card
+    assert "| study1 | 2 | 200 |" in card and "| study1 | CC0-1.0 | not stated |" in card
+    assert "has to choose" in notice and "CC0-1.0" in notice
+    for path in exported.iterdir():
+        data = path.read_bytes()
+        assert untrained.PLANTED.encode() not in data and b"/home/" not in data, path
+    given = export.export(checkpoint, tmp_path / "licensed", license_text="MIT, and so on.\n")
+    assert (given / "LICENSE").read_text() == "MIT, and so on.\n"
+    assert export.load(given).hash == export.load(exported).hash  # the licence's text moves no prediction
+
+
+def test_study_names_cannot_break_the_card(tmp_path: Path) -> None:
+    checkpoint = untrained.write_checkpoint(tmp_path / "run", complete=False)
+    reference = files.read_json(checkpoint / "reference.json")
+    reference["studies"] = {"<script>|x\n# y": {"slides": 1, "profiles": 1}}
+    files.write_json(checkpoint / "reference.json", reference)
+    sums = {path.name: files.sha256_file(path) for path in checkpoint.iterdir()}
+    files.write_json(checkpoint / "COMPLETE", {"files": sums, "step": 1, "code_version": "x", "storm_version": "x"})
+    card = (export.export(checkpoint, tmp_path / "model") / "README.md").read_text()
+    assert "| &lt;script&gt;&#124;x # y | 1 | 1 |" in card
+
+
+def test_two_exports_of_one_checkpoint_are_byte_identical(exported: Path, tmp_path: Path) -> None:
+    again = export.export(tmp_path / "run" / "checkpoints" / "step_0000020", tmp_path / "again" / "model")
+    assert {p.name: p.read_bytes() for p in exported.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
+    assert np.isfinite(export.load(again).reference["slide_log_density"])
