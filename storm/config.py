@@ -38,7 +38,19 @@ class PrepConfig(Section):
     max_image_mpx: int = Field(
         default=400, ge=1, description="largest whole-image decode (JPEG, PNG, untiled TIFF), megapixels"
     )
+    max_upsampling: float = Field(
+        default=2.0, ge=1, description="refuse a slide whose own pixels are so much coarser than tile_mpp"
+    )
+    max_failed_tiles: float = Field(
+        default=0.01, ge=0, le=1, description="refuse a slide of which a larger share of tiles does not decode"
+    )
+    aliases: str = Field(default="", description="tsv of a user's gene names: name, Ensembl id or current symbol")
     lattice_residual_px0: float = Field(default=2.0, description="refuse a lattice fit with a larger rms residual, px")
+    lattice_anisotropy: float = Field(default=0.01, description="refuse a lattice fit whose two mpp differ by more")
+    # Legacy ST's pixel positions are the printed spots as somebody saw them, not the ideal lattice: on her2st the rms
+    # residual is 11-17 um of a 200 um pitch and the two mpp differ by up to 0.9 %.
+    st_residual_um: float = Field(default=30.0, description="as lattice_residual_px0, for legacy ST, um")
+    st_anisotropy: float = Field(default=0.02, description="as lattice_anisotropy, for legacy ST")
     mpp_warn: float = Field(default=0.05, description="report mpp sources that differ by more than this share")
     mpp_refuse: float = Field(default=0.25, description="refuse above this share unless the manifest gives mpp")
     spots_side: int = Field(default=6, ge=1, description="a region holds about this number of spots squared")

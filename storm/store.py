@@ -155,15 +155,18 @@ def _zip_folder(folder: Path, target: Path) -> None:
 def write(folder: Path, info: SlideInfo, tiles: Iterable[Tile], profiles: schema.Profiles, genes: GeneTable) -> Path:
     """Write one slide's store, complete or not at all; `tiles` are consumed once, best in Morton order.
 
+    `info.facts` may grow while the tiles are consumed: it is written after them.
+
     Returns:
         The path of the store, `folder/<slide_id>.zarr.zip`.
     """
     target = folder / f"{schema.check_slide_id(info.slide_id)}{SUFFIX}"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{info.slide_id}.", dir=folder) as scratch:
-        root = zarr.create_group(LocalStore(scratch), zarr_format=3, attributes=dataclasses.asdict(info))
+        root = zarr.create_group(LocalStore(scratch), zarr_format=3)
         _put_tiles(root, tiles)
         _put_profiles(root, profiles, genes)
+        root.attrs.put(dataclasses.asdict(info))
         with files.replacing(target) as temporary:
             _zip_folder(Path(scratch), temporary)
     return target

@@ -1,0 +1,108 @@
+"""Where a measurement lies on its slide, and how large a pixel is.
+
+In: the printed lattice in um and where its spots were found in the image; the mpp that manifest, lattice and image
+tell. Out: one mpp with its source, and the notes or the refusal that their disagreement calls for.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from storm.config import PrepConfig
+
+MPP_RANGE = (0.05, 2.0)  # outside it a tag is junk (72 dpi, 1 px per cm), a manifest's value a slip
+Matrix = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LatticeFit:
+    """Least-squares affine map lattice um -> level-0 px."""
+
+    mpp: float  # um per px, geometric mean of both directions
+    residual_px0: float  # rms distance
+    anisotropy: float  # ratio of the two principal scales, minus 1
+    matrix: Matrix  # [3, 3]
+
+
+def fit_lattice(lattice_um: Matrix, px0: Matrix) -> LatticeFit:
+    """Fit a lattice [M, 2] to its places [M, 2] in the image.
+
+    Raises:
+        ValueError: the points lie on one line, or coincide.
+    """
+    design = np.column_stack([lattice_um, np.ones(len(lattice_um))])
+    solution, _, rank, _ = np.linalg.lstsq(design, px0, rcond=None)
+    scales = np.linalg.svd(solution[:2], compute_uv=False)
+    if rank < 3 or scales[1] < 1e-6 * scales[0]:
+        raise ValueError("the spots lie on one line, so no pixel size follows; give mpp in the manifest")
+    residual = float(np.sqrt(np.mean(np.sum((px0 - design @ solution) ** 2, axis=1))))
+    matrix = np.eye(3)
+    matrix[:2] = solution.T
+    return LatticeFit(float(1 / np.sqrt(scales[0] * scales[1])), residual, float(scales[0] / scales[1] - 1), matrix)
+
+
+def lattice_fault(fit: LatticeFit, platform: str, config: PrepConfig) -> str | None:
+    """Why a fit is not to be believed, or None."""
+    st = platform == "st"
+    limit_px0 = config.st_residual_um / fit.mpp if st else config.lattice_residual_px0
+    limit = config.st_anisotropy if st else config.lattice_anisotropy
+    if fit.anisotropy > limit:
+        return f"the spots' lattice has two pixel sizes, {100 * fit.anisotropy:.1f} % apart (limit {100 * limit:.1f} %)"
+    if fit.residual_px0 > limit_px0:
+        return f"the spots lie {fit.residual_px0:.1f} px (rms) off their lattice (limit {limit_px0:.1f})"
+    return None
+
+
+@dataclass(frozen=True)
+class Mpp:
+    """um per level-0 pixel, who told it, and what was odd."""
+
+    value: float
+    source: str  # manifest, lattice or embedded
+    notes: list[str]
+
+
+def choose_mpp(told: dict[str, float | None], config: PrepConfig) -> Mpp:
+    """The first that is known of manifest, lattice, embedded; all others (also scalefactors) are compared with it.
+
+    Raises:
+        ValueError: none is known, or another source differs by more than `mpp_refuse` and the manifest is silent.
+    """
+    usable = {s: v for s, v in told.items() if v is not None and (s == "manifest" or MPP_RANGE[0] <= v <= MPP_RANGE[1])}
+    source = next((s for s in ("manifest", "lattice", "embedded") if s in usable), None)
+    notes = [f"mpp {v:.4g} told by {s} is not believable and ignored" for s, v in told.items() if v and s not in usable]
+    if source is None:
+        raise ValueError("; ".join([*notes, "the pixel size (mpp) is unknown; give um per pixel in the column mpp"]))
+    chosen = usable[source]
+    for other, value in usable.items():
+        apart = abs(value / chosen - 1)
+        text = f"mpp {chosen:.4f} ({source}) and {value:.4f} ({other}) are {100 * apart:.0f} % apart"
+        if apart > config.mpp_refuse and source != "manifest":
+            raise ValueError(f"{text}; is this the image that was measured? If so, give mpp in the manifest")
+        if apart > config.mpp_warn:
+            notes.append(text)
+    return Mpp(chosen, source, notes)
+
+
+def read_matrix(path: Path) -> Matrix:
+    """A 3 x 3 matrix (csv without header) that maps the measurement's px to level-0 px of the slide.
+
+    Raises:
+        ValueError: no such file, or not an invertible affine 3 x 3 matrix.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such alignment file; correct the manifest")
+    try:
+        matrix = np.loadtxt(path, delimiter=",", ndmin=2)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a csv of numbers ({error}); write three lines of three") from None
+    if matrix.shape != (3, 3) or not np.allclose(matrix[2], [0, 0, 1]) or abs(np.linalg.det(matrix)) < 1e-12:
+        raise ValueError(f"{path}: no invertible affine 3 x 3 matrix whose last line is 0,0,1; write three lines")
+    return matrix
+
+
+def apply(matrix: Matrix, xy: Matrix) -> Matrix:
+    """[N, 2] points under a [3, 3] affine matrix."""
+    return xy @ matrix[:2, :2].T + matrix[:2, 2]

@@ -1,0 +1,227 @@
+"""The user's table of slides, validated as a whole.
+
+In: a csv or parquet file, one row per section. Out: `ManifestRow`s with resolved paths, or one ValueError that lists
+every fault of the file with its line, its column and its cure.
+
+    required    slide_id image measurement platform donor study organ species
+    optional    spots mpp alignment split section assume_aligned license use_terms
+
+`platform` is st, visium, or image (H&E alone, `measurement` left blank). Paths are relative to the manifest's folder
+or to a given root, and stay inside it; an absolute path is taken as it is.
+"""
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.align import MPP_RANGE
+from data_prep.platforms import READERS
+from storm import files, schema
+from storm.presets import nearest
+
+REQUIRED = ("slide_id", "image", "measurement", "platform", "donor", "study", "organ", "species")
+OPTIONAL = ("spots", "mpp", "alignment", "split", "section", "assume_aligned", "license", "use_terms")
+SPECIES = ("human", "mouse")
+IMAGE_ONLY = "image"
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One section: its files and what is known of it. Blank text = not given; `section` defaults to the slide's id."""
+
+    slide_id: str
+    image: Path
+    measurement: Path | None = None
+    platform: str = IMAGE_ONLY
+    donor: str = "unknown"
+    study: str = "unknown"
+    organ: str = "unknown"
+    species: str = "human"
+    spots: Path | None = None
+    mpp: float | None = None
+    alignment: Path | None = None
+    split: str = ""
+    section: str = ""
+    assume_aligned: bool = False
+    license: str = ""
+    use_terms: str = ""
+
+
+class _Reader:
+    """Turns the cells of one line into values and keeps the faults it meets."""
+
+    def __init__(self, line: int, cells: dict[str, str], root: Path) -> None:
+        self.line, self.cells, self.root = line, cells, root
+        self.faults: list[str] = []
+
+    def fault(self, column: str, text: str) -> None:
+        self.faults.append(f"line {self.line}, column {column}: {text}")
+
+    def text(self, column: str) -> str:
+        return self.cells.get(column, "").strip()
+
+    def required(self, column: str, cure: str) -> str:
+        value = self.text(column)
+        if not value:
+            self.fault(column, f"is blank; {cure}")
+        return value
+
+    def path(self, column: str) -> Path | None:
+        value = self.text(column)
+        if not value:
+            return None
+        if Path(value).is_absolute():
+            return Path(value)
+        try:
+            return files.inside(self.root, value)
+        except ValueError as error:
+            self.fault(column, str(error))
+            return None
+
+    def one_of(self, column: str, value: str, known: tuple[str, ...]) -> str:
+        if value and value not in known:
+            self.fault(column, f"{value!r} is none of {', '.join(known)}")
+        return value
+
+    def mpp(self) -> float | None:
+        value = self.text("mpp")
+        if not value:
+            return None
+        try:
+            mpp = float(value)
+        except ValueError:
+            mpp = -1.0
+        if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+            self.fault("mpp", f"{value!r} is no um per level-0 pixel between {MPP_RANGE[0]} and {MPP_RANGE[1]}")
+        return mpp
+
+    def platform(self) -> str:
+        value = self.required("platform", f"write one of {', '.join([*READERS, IMAGE_ONLY])}")
+        readable = (*READERS, IMAGE_ONLY)
+        if value in schema.PLATFORMS[1:] and value not in READERS:
+            self.fault("platform", f"{value} is not yet readable; readable are {', '.join(readable)}")
+        elif value and value not in readable:
+            self.fault("platform", f"{value!r} is unknown{nearest(value, list(readable))}")
+        return value
+
+    def slide_id(self) -> str:
+        value = self.required("slide_id", "give each slide an id of its own")
+        if value:
+            try:
+                schema.check_slide_id(value)
+            except ValueError as error:
+                self.fault("slide_id", str(error))
+        return value
+
+    def measurement(self, platform: str) -> Path | None:
+        value = self.path("measurement")
+        if platform == IMAGE_ONLY and self.text("measurement"):
+            self.fault("measurement", "must be blank for platform image; name the platform that measured it")
+        if platform in READERS and not self.text("measurement"):
+            self.fault("measurement", f"is blank; give the file or folder that {platform} wrote, or platform image")
+        return value
+
+    def row(self) -> ManifestRow:
+        """The row as far as it could be read; it counts only where `faults` stayed empty."""
+        platform = self.platform()
+        slide_id = self.slide_id()
+        self.required("image", "give the slide's file")
+        return ManifestRow(
+            slide_id=slide_id, image=self.path("image") or Path(), measurement=self.measurement(platform),
+            platform=platform, donor=self.required("donor", "name the person or animal: splits are made by it"),
+            study=self.required("study", "name the study: donors are told apart within it"),
+            organ=self.required("organ", "name the organ, or write unknown"),
+            species=self.one_of("species", self.required("species", "write human or mouse"), SPECIES),
+            spots=self.path("spots"), mpp=self.mpp(), alignment=self.path("alignment"),
+            split=self.one_of("split", self.text("split"), schema.SPLITS), section=self.text("section") or slide_id,
+            assume_aligned=self.one_of("assume_aligned", self.text("assume_aligned").lower(), ("true", "false"))
+            == "true",
+            license=self.text("license"), use_terms=self.text("use_terms"),
+        )  # fmt: skip
+
+
+def _cells(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Header, and (line number, cells) of every line that is not blank."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such manifest")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        table = parquet.read_table(path)
+        rows = [["" if v is None else str(v) for v in row.values()] for row in table.to_pylist()]
+        return table.column_names, iter(list(enumerate(rows, 2)))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); save the manifest as csv in UTF-8") from None
+    reader = csv.reader(text.splitlines())
+    lines = [(reader.line_num, row) for row in reader]
+    if not lines:
+        raise ValueError(f"{path}: is empty; the first line names the columns {', '.join(REQUIRED)}")
+    return lines[0][1], iter([(n, row) for n, row in lines[1:] if any(cell.strip() for cell in row)])
+
+
+def _header_faults(header: list[str]) -> list[str]:
+    known = [*REQUIRED, *OPTIONAL]
+    faults = [f"line 1: {name!r} is no column{nearest(name, known)}" for name in header if name not in known]
+    faults += [f"line 1: column {name} is missing; add it" for name in REQUIRED if name not in header]
+    faults += [f"line 1: column {name} comes twice" for name in sorted({n for n in header if header.count(n) > 1})]
+    return faults
+
+
+def _duplicates(rows: list[tuple[int, ManifestRow]]) -> list[str]:
+    first: dict[str, int] = {}
+    return [
+        f"line {line}, column slide_id: {row.slide_id!r} is already on line {first[row.slide_id]}; ids are unique"
+        for line, row in rows
+        if row.slide_id and first.setdefault(row.slide_id, line) != line
+    ]
+
+
+def _two_splits(rows: list[tuple[int, ManifestRow]], split_by: str) -> list[str]:
+    """A donor (or, when splitting by section, a section) that is put into more than one split."""
+    name: Callable[[ManifestRow], str] = lambda row: row.donor if split_by == "donor" else row.section  # noqa: E731
+    seen: dict[tuple[str, str], tuple[int, str]] = {}
+    faults = []
+    for line, row in rows:
+        if not row.split:
+            continue
+        before, split = seen.setdefault((row.study, name(row)), (line, row.split))
+        if split != row.split:
+            cure = "; give it one split, or ask for split_by=section" if split_by == "donor" else "; give it one split"
+            faults.append(
+                f"line {line}, column split: {split_by} {name(row)!r} of study {row.study!r} is in {row.split} here "
+                f"and in {split} on line {before}{cure}"
+            )
+    return faults
+
+
+def read(path: Path, root: Path | None = None, split_by: str = "donor") -> list[ManifestRow]:
+    """The rows of a manifest, in its order.
+
+    Args:
+        root: folder that relative paths start from; by default the manifest's own.
+        split_by: 'donor', or 'section' where one donor may be in several splits.
+
+    Raises:
+        ValueError: all faults, each with file, line, column and cure.
+    """
+    header, lines = _cells(path)
+    header = [name.strip() for name in header]
+    faults = _header_faults(header)
+    rows = []
+    if not faults:
+        for line, cells in lines:
+            if len(cells) != len(header):
+                faults.append(f"line {line}: {len(cells)} cells, the header has {len(header)}; quote cells with commas")
+                continue
+            reader = _Reader(line, dict(zip(header, cells, strict=True)), root or path.parent)
+            rows.append((line, reader.row()))
+            faults += reader.faults
+        faults += _duplicates(rows) + _two_splits(rows, split_by)
+        if not rows and not faults:
+            faults.append("holds no slide; add a line per slide")
+    if faults:
+        raise ValueError("\n".join(f"{path}: {fault}" for fault in faults))
+    return [row for _, row in rows]

@@ -1,0 +1,209 @@
+"""Visium (Space Ranger 1 to 3): an `outs` folder -> a Measurement.
+
+In: the filtered matrix as 10x HDF5 (both layouts) or MEX (gzipped or not), `spatial/` with the positions and the
+scale factors; names may carry an `<id>_` prefix. Out: one disc of 55 um for each barcode of the matrix.
+
+The columns of a positions file are barcode, in_tissue, array_row, array_col, pxl_row, pxl_col: ROW FIRST, so x is the
+last one. Whether the file has a header is told by its content, not by its name.
+"""
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.platforms import Measurement, whole_counts
+from storm import files
+from storm.schema import DISC
+
+SPOT_UM = 55.0
+SCALEFACTOR_SPOT_UM = 65.0  # spot_diameter_fullres is the diameter of a theoretical spot of 65 um
+COL_UM, ROW_UM = 50.0, 100.0 * 3**0.5 / 2  # neighbours in a row are two columns, 100 um, apart
+_EXPRESSION = "Gene Expression"
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Counts as CSR over barcodes."""
+
+    barcodes: list[str]
+    names: list[str]
+    symbols: list[str]
+    types: list[str]
+    indptr: npt.NDArray[np.int64]
+    column: npt.NDArray[np.int64]
+    count: npt.NDArray[np.int64]
+
+
+def _one(folder: Path, names: tuple[str, ...], what: str) -> Path:
+    """The only entry of a folder that is one of `names`, bare or behind an `<id>_` prefix; earlier names win."""
+    for name in names:
+        found = [folder / name] if (folder / name).exists() else sorted(folder.glob(f"*_{name}"))
+        if len(found) > 1:
+            raise ValueError(f"{folder}: holds {len(found)} files *_{name}; leave one, of this section")
+        if found:
+            return found[0]
+    raise ValueError(f"{folder}: has no {what} ({' or '.join(names)}); give the outs folder that Space Ranger wrote")
+
+
+def _locate(outs: Path, spots: Path | None) -> tuple[Path, Path, Path]:
+    """Matrix, positions, scale factors."""
+    if not outs.is_dir():
+        raise ValueError(f"{outs}: is no folder; give the outs folder that Space Ranger wrote")
+    kinds = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
+    matrix = _one(outs, tuple(f"{kind}{end}" for kind in kinds for end in (".h5", "")), "matrix")
+    spatial = _one(outs, ("spatial",), "folder with the positions")
+    positions = spots or _one(spatial, ("tissue_positions.csv", "tissue_positions_list.csv"), "positions")
+    return matrix, positions, _one(spatial, ("scalefactors_json.json",), "scale factors")
+
+
+def _mex_files(folder: Path) -> tuple[Path, Path, Path]:
+    return (
+        _one(folder, ("matrix.mtx.gz", "matrix.mtx"), "matrix"),
+        _one(folder, ("features.tsv.gz", "features.tsv", "genes.tsv.gz", "genes.tsv"), "features"),
+        _one(folder, ("barcodes.tsv.gz", "barcodes.tsv"), "barcodes"),
+    )
+
+
+def inputs(measurement: Path, spots: Path | None) -> list[Path]:
+    """The matrix, the positions and the scale factors."""
+    matrix, positions, scale = _locate(measurement, spots)
+    return [*(_mex_files(matrix) if matrix.is_dir() else [matrix]), positions, scale]
+
+
+def _text(dataset: h5py.Dataset) -> list[str]:
+    return [v.decode() if isinstance(v, bytes) else str(v) for v in dataset[...]]
+
+
+def _read_h5(path: Path) -> _Matrix:
+    try:
+        with h5py.File(path, "r") as root:
+            groups = [root["matrix"]] if "matrix" in root else [g for g in root.values() if isinstance(g, h5py.Group)]
+            if len(groups) != 1:
+                raise ValueError(f"{path}: holds {len(groups)} genomes; give the matrix of one species")
+            group = groups[0]
+            if "features" in group:
+                names, symbols, types = (_text(group["features"][k]) for k in ("id", "name", "feature_type"))
+            else:  # Cell Ranger before 3
+                names, symbols = _text(group["genes"]), _text(group["gene_names"])
+                types = [_EXPRESSION] * len(names)
+            return _Matrix(
+                _text(group["barcodes"]), names, symbols, types, group["indptr"][...].astype(np.int64),
+                group["indices"][...].astype(np.int64), whole_counts(group["data"][...], path),
+            )  # fmt: skip
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{path}: no readable 10x matrix ({error}); restore it from Space Ranger's outs") from error
+
+
+def _lines(path: Path) -> list[list[str]]:
+    import gzip
+
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    return [line.split("\t") for line in text.splitlines()]
+
+
+def _read_mex(folder: Path) -> _Matrix:
+    from scipy.io import mmread
+    from scipy.sparse import coo_matrix
+
+    matrix_path, features_path, barcodes_path = _mex_files(folder)
+    features, barcodes = _lines(features_path), [row[0] for row in _lines(barcodes_path)]
+    matrix = coo_matrix(mmread(matrix_path))
+    if matrix.shape != (len(features), len(barcodes)):
+        raise ValueError(
+            f"{matrix_path}: is {matrix.shape[0]} x {matrix.shape[1]}, but there are {len(features)} features and "
+            f"{len(barcodes)} barcodes; give files of one run"
+        )
+    rows = matrix.T.tocsr()
+    types = [row[2] if len(row) > 2 else _EXPRESSION for row in features]
+    names = [row[0] for row in features]
+    symbols = [row[1] if len(row) > 1 else row[0] for row in features]
+    return _Matrix(
+        barcodes, names, symbols, types, rows.indptr.astype(np.int64), rows.indices.astype(np.int64),
+        whole_counts(rows.data, matrix_path),
+    )  # fmt: skip
+
+
+def read_positions(path: Path) -> dict[str, tuple[bool, int, int, float, float]]:
+    """Barcode -> (in_tissue, array_row, array_col, x_px0, y_px0).
+
+    Raises:
+        ValueError: a line without six fields, or with fields that are no numbers.
+    """
+    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+    if rows and not (len(rows[0]) > 1 and rows[0][1].strip().isdigit()):
+        rows = rows[1:]  # a header: its second field is a name
+    found = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            barcode, in_tissue, array_row, array_col, y_px0, x_px0 = row
+            found[barcode] = (in_tissue.strip() == "1", int(array_row), int(array_col), float(x_px0), float(y_px0))
+        except ValueError as error:
+            raise ValueError(f"{path}: row {number} is not barcode, in_tissue, array_row, array_col, pxl_row, pxl_col "
+                             f"({error}); restore it from Space Ranger's outs") from None  # fmt: skip
+    return found
+
+
+def _joined(barcodes: list[str], known: list[str], matrix: Path, positions: Path) -> list[str]:
+    """The name in `known` of each barcode; where '-1' is on one side only it is ignored on both."""
+    if not set(barcodes) <= set(known):
+        bare = {re.sub(r"-1$", "", name): name for name in known}
+        barcodes = [bare.get(re.sub(r"-1$", "", b), b) for b in barcodes]
+    strangers = [b for b in barcodes if b not in set(known)]
+    if strangers:
+        raise ValueError(
+            f"{matrix}: {len(strangers)} of {len(barcodes)} barcodes (as {strangers[0]!r}) are not in {positions.name} "
+            f"(as {next(iter(known), '')!r}); give the positions of the same section"
+        )
+    return barcodes
+
+
+def _scale_mpp(path: Path) -> float | None:
+    diameter = files.read_json(path).get("spot_diameter_fullres")
+    return SCALEFACTOR_SPOT_UM / float(diameter) if diameter else None
+
+
+def _expression(matrix: _Matrix, rows: npt.NDArray[np.int64]) -> _Matrix:
+    """The given barcodes and the gene-expression features alone (antibodies and controls are no genes)."""
+    from scipy.sparse import csr_matrix
+
+    keep = np.array([kind == _EXPRESSION for kind in matrix.types])
+    whole = csr_matrix((matrix.count, matrix.column, matrix.indptr), shape=(len(matrix.barcodes), len(keep)))
+    part = whole[rows][:, np.flatnonzero(keep)]
+    names, symbols = ([text for text, k in zip(texts, keep, strict=True) if k]
+                      for texts in (matrix.names, matrix.symbols))  # fmt: skip
+    return _Matrix(
+        [matrix.barcodes[r] for r in rows], names, symbols, [_EXPRESSION] * len(names), part.indptr.astype(np.int64),
+        part.indices.astype(np.int64), part.data,
+    )  # fmt: skip
+
+
+def read(measurement: Path, spots: Path | None) -> Measurement:
+    """One profile for each barcode of the filtered matrix (of a raw one: those in tissue), in the matrix's order.
+
+    Raises:
+        ValueError: files are missing or unreadable, or the barcodes of the matrix have no positions.
+    """
+    matrix_path, positions_path, scale_path = _locate(measurement, spots)
+    matrix = _read_mex(matrix_path) if matrix_path.is_dir() else _read_h5(matrix_path)
+    positions = read_positions(positions_path)
+    joined = _joined(matrix.barcodes, list(positions), matrix_path, positions_path)
+    raw = "raw_feature_bc_matrix" in matrix_path.name
+    rows = np.array([r for r, b in enumerate(joined) if positions[b][0] or not raw], dtype=np.int64)
+    notes = [f"raw matrix: {len(joined) - len(rows)} barcodes that are not in tissue are left out"] if raw else []
+    kept = _expression(matrix, rows)
+    dropped = len(matrix.names) - len(kept.names)
+    if dropped:
+        notes.append(f"{dropped} features that are no gene expression are left out")
+    places = np.array([positions[joined[r]][3:] for r in rows], dtype=np.float64).reshape(-1, 2)
+    lattice = np.array([(p[2] * COL_UM, p[1] * ROW_UM, p[3], p[4]) for p in positions.values()])
+    return Measurement(
+        kept.barcodes, places, np.full(len(rows), SPOT_UM, np.float32), np.full(len(rows), DISC, np.uint8),
+        kept.indptr, kept.column, kept.count, kept.names, kept.symbols, lattice[:, :2], lattice[:, 2:],
+        _scale_mpp(scale_path), notes,
+    )  # fmt: skip
