@@ -135,6 +135,11 @@ def _members(span: bytes) -> dict[str, bytes]:
     return found
 
 
+def decode_span(span: bytes, source: str) -> schema.Group:
+    """The group of `group_bytes`. `source` names it in errors."""
+    return schema.decode(_members(span), source)
+
+
 class ShardSet:
     """A folder of shards, open for reading."""
 
@@ -188,7 +193,7 @@ class ShardSet:
         if hashlib.sha256(span).digest() != index.sha256[i].tobytes():
             fact = "truncated" if len(span) < index.size[i] else "damaged (sha256)"
             raise ValueError(f"{source}: {fact}; restore the shard or pack again")
-        return schema.decode(_members(span), source)
+        return decode_span(span, source)
 
 
 def verify(folder: Path) -> list[str]:
