@@ -37,13 +37,11 @@ def _told(unit: list[SlideInfo], split_by: str) -> str:
     told = {info.split: info for info in unit if info.split}
     if len(told) > 1:
         first, second = list(told.values())[:2]
-        what = (
-            f"donor {first.donor!r} of study {first.study!r}" if split_by == "donor" else f"section {first.section!r}"
-        )
+        name = f"donor {first.donor!r}" if split_by == "donor" else f"section {first.section!r}"
         cure = ", or ask for split_by=section" if split_by == "donor" else ""
         raise ValueError(
-            f"{name} of study {first.study!r} is in two splits: slide {first.slide_id} in {first.split}, slide {second.slide_id} in "
-            f"{second.split}; give them one split in the manifest and build again{cure}"
+            f"{name} of study {first.study!r} is in two splits: slide {first.slide_id} in {first.split}, "
+            f"slide {second.slide_id} in {second.split}; give them one split in the manifest and build again{cure}"
         )
     return next(iter(told), "")
 

@@ -15,6 +15,7 @@ deflated) zip with fixed times, so that equal content gives equal bytes; written
 """
 
 import dataclasses
+import functools
 import tempfile
 import zipfile
 import zlib
@@ -32,7 +33,10 @@ from zarr.storage import LocalStore, ZipStore
 from storm import files, schema
 from storm.genes import GeneTable
 
-_JPEG_CHUNK_BYTES = 8 << 20
+_JPEG_CHUNK_BYTES = 256 << 10  # a chunk is read whole: a few tiles, so that one tile costs little more than itself
+_CACHED_CHUNKS = 8
+_WRITE_BYTES = 32 * _JPEG_CHUNK_BYTES
+_CACHED_CHUNKS = 64
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 SUFFIX = ".zarr.zip"
 
@@ -85,7 +89,7 @@ def morton(row: int, col: int) -> int:
 
 
 class _JpegArray:
-    """Appends tile bytes to a growing zarr array, whole chunks at a time, so that memory stays at one chunk."""
+    """Appends tile bytes to a growing zarr array, whole chunks at a time, so that memory stays bounded."""
 
     def __init__(self, group: zarr.Group) -> None:
         self.array = group.create_array("jpeg", shape=(0,), chunks=(_JPEG_CHUNK_BYTES,), dtype="uint8",
@@ -95,8 +99,8 @@ class _JpegArray:
 
     def append(self, data: bytes) -> None:
         self.pending += data
-        if len(self.pending) >= _JPEG_CHUNK_BYTES:
-            self._write(len(self.pending) // _JPEG_CHUNK_BYTES * _JPEG_CHUNK_BYTES)
+        if len(self.pending) >= _WRITE_BYTES:
+            self._write(_WRITE_BYTES)
 
     def finish(self) -> None:
         if self.pending:
@@ -197,8 +201,11 @@ class SlideStore:
         self.info = SlideInfo(**attributes)
         self.place: npt.NDArray[np.int32] = self._array("tiles/place")  # [T, 2] (row, col)
         self.tissue: npt.NDArray[np.float32] = self._array("tiles/tissue")  # [T]
+        self._jpeg = self._root["tiles/jpeg"]
         self._offsets = self._array("tiles/offsets")
         self._crc32 = self._array("tiles/crc32")
+        # zarr reads whole chunks, and the neighbours of a tile lie in the same one
+        self._jpeg_chunk = functools.lru_cache(_CACHED_CHUNKS)(self._read_jpeg_chunk)
         self.tile_index = {(int(r), int(c)): i for i, (r, c) in enumerate(self.place)}
 
     def _array(self, name: str) -> npt.NDArray:
@@ -206,6 +213,10 @@ class SlideStore:
 
     def __len__(self) -> int:
         return len(self.place)
+
+    def _read_jpeg_chunk(self, k: int) -> bytes:
+        span = slice(k * _JPEG_CHUNK_BYTES, (k + 1) * _JPEG_CHUNK_BYTES)
+        return np.asarray(self._jpeg[span]).tobytes()  # type: ignore[index]
 
     def tile_bytes(self, i: int) -> int:
         """Size of tile i's JPEG in bytes."""
@@ -217,8 +228,10 @@ class SlideStore:
         Raises:
             ValueError: the bytes are not those that were written.
         """
-        array = self._root["tiles/jpeg"]
-        data = np.asarray(array[self._offsets[i] : self._offsets[i + 1]]).tobytes()  # type: ignore[index]
+        start, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        first = start // _JPEG_CHUNK_BYTES
+        chunks = [self._jpeg_chunk(k) for k in range(first, -(-end // _JPEG_CHUNK_BYTES))]
+        data = b"".join(chunks)[start - first * _JPEG_CHUNK_BYTES :][: end - start]
         if zlib.crc32(data) != int(self._crc32[i]):
             raise ValueError(f"{self.path}: tile {i} is damaged (crc32); delete the store and run data_prep.build")
         return data
