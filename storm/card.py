@@ -72,7 +72,7 @@ def clean(value: object) -> str:
 
 def table(columns: list[str], rows: list[list[object]]) -> str:
     """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
+    lines: list[list[object]] = [[*columns], ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(clean(cell) for cell in line) + " |" for line in lines)
 
 

@@ -131,7 +131,8 @@ def verify(folder: Path) -> list[str]:
     path = folder / SUMS
     if not path.is_file():
         return [f"{path}: is missing; this is no complete export"]
-    listed = dict(reversed(line.split("  ", 1)) for line in path.read_text(encoding="utf-8").splitlines())
+    lines = [line.partition("  ") for line in path.read_text(encoding="utf-8").splitlines()]
+    listed = {name: digest for digest, _, name in lines}
     faults = [f"{path}: does not list {name}; export again" for name in _IDENTITY if name not in listed]
     for name, digest in sorted(listed.items()):
         file = files.inside(folder, name)

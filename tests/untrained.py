@@ -75,7 +75,8 @@ def reference(panel_genes: int = 32, split_by: str = "donor") -> dict[str, objec
         "footprint_um": 55.0, "footprint_kind": schema.DISC, "spots_side": 5, "gene_hash": GENES.hash,
         "split_by": split_by, "shards_hash": hashlib.sha256(b"shards").hexdigest(), "seed": 0,
         "licenses": {"study1": {"license": "CC0-1.0", "use_terms": "", **counted}},
-        "slides": {PLANTED: {"split": "train"}}, "studies": {"study1": counted}, "organs": {"breast": counted}, "platforms": {"visium": counted},
+        "slides": {PLANTED: {"split": "train"}}, "studies": {"study1": counted}, "organs": {"breast": counted},
+        "platforms": {"visium": counted},
     }  # fmt: skip
 
 

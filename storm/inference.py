@@ -1,0 +1,291 @@
+"""A slide store and an exported model -> embeddings and predicted expression, as arrays.
+
+In: `Pretrained`, `SlideStore`. Out: embeddings [N, D], or a `Prediction` [N, K]. The slide is covered with overlapping
+regions of the size used in training; each footprint is taken from the region in which it is most central. Queries do
+not see each other, so which footprints are asked, and in how many chunks, changes no answer.
+
+Without counts the footprints are those of a lattice over the tissue. Pixels are all that is read of such a slide.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from storm import regions, schema
+from storm.data.batch import BatchSpec, collate
+from storm.data.view import plain_view
+from storm.export import Pretrained
+from storm.genes import GeneTable
+from storm.model.heads import expected_log1p
+from storm.regions import Region
+from storm.store import SlideStore
+
+Floats = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+
+LATTICE_PITCH_UM = 100.0
+_CHUNK = 256  # profiles asked of a region at a time, where none is context
+_REGIONS = 4  # per forward
+_PANEL, _NO_GENES = "slide", np.zeros(0, np.int64)
+SCALE = 1e4  # of lognorm
+
+
+@dataclass(frozen=True)
+class Slide:
+    """A slide store made ready for a model: `profiles.gene` indexes the model's vocabulary."""
+
+    store: SlideStore
+    profiles: schema.Profiles
+    panel: npt.NDArray[np.bool_]  # [G] the genes that were measured
+    measured: bool  # False: the footprints are a lattice and have no counts
+    unknown: tuple[str, ...]  # measured genes that the model cannot know
+    read: Rows  # [M, 2] (row, col) of the tiles that the footprints read
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model expects of N footprints, for K genes of its vocabulary.
+
+    mu = exp(log_depth) * composition. `log_depth` is the log of the total over the whole reference panel; its level is
+    a constant of the training data (absolute depth is not identified from H&E), its contrasts are predicted.
+    """
+
+    genes: Rows  # [K] vocabulary indices
+    composition: Floats  # [N, K] share of each gene among the reference panel
+    log_depth: Floats  # [N]
+    depth_log_var: Floats  # [N] of the slide-centred log depth
+    dispersion: Floats  # [N, K] size r of the negative binomial: variance = mu + mu^2 / r
+
+    @cached_property
+    def mu(self) -> Floats:
+        """[N, K] expected counts."""
+        return np.exp(self.log_depth)[:, None] * self.composition
+
+    def lognorm(self) -> Floats:
+        """[N, K] expected log1p(count / depth * 1e4) at the predicted depth."""
+        return self._expected(np.exp(np.float32(np.log(SCALE)) - self.log_depth))
+
+    def raw(self) -> Floats:
+        """[N, K] expected log1p(count)."""
+        return self._expected(np.ones_like(self.log_depth))
+
+    def _expected(self, scale: Floats) -> Floats:
+        expected = np.empty_like(self.composition)
+        for start in range(0, len(expected), _CHUNK):  # the quadrature holds several arrays of this shape
+            part = slice(start, start + _CHUNK)
+            mu, r, s = (torch.from_numpy(a) for a in (self.mu[part], self.dispersion[part], scale[part, None]))
+            expected[part] = expected_log1p(mu, r, s).numpy()
+        return expected
+
+
+def prepare(pretrained: Pretrained, store: SlideStore) -> Slide:
+    """A slide for a model: its measured profiles, or a lattice over its tissue where it has none.
+
+    Raises:
+        ValueError: tiles of another geometry than the model's, or no gene in common with it.
+    """
+    info, config = store.info, pretrained.config
+    if (info.tile_px, info.tile_mpp) != (config.tile_px, config.tile_mpp):
+        raise ValueError(
+            f"{store.path}: tiles of {info.tile_px} px at {info.tile_mpp:g} um/px, the model reads {config.tile_px} px "
+            f"at {config.tile_mpp:g}; build the store with tile_px={config.tile_px} tile_mpp={config.tile_mpp:g}"
+        )
+    profiles = store.profiles()
+    measured = len(profiles) > 0
+    if measured:
+        profiles, panel, unknown = _to_vocabulary(profiles, store.genes(), pretrained.genes, store)
+    else:
+        profiles, panel, unknown = _lattice(pretrained, store), pretrained.panel, ()
+    read = regions.tiles_read(profiles.xy_um, profiles.footprint_um, info.tile_um)
+    return Slide(store, profiles, panel, measured, unknown, read)
+
+
+def _to_vocabulary(
+    profiles: schema.Profiles, genes: GeneTable, vocabulary: GeneTable, store: SlideStore
+) -> tuple[schema.Profiles, npt.NDArray[np.bool_], tuple[str, ...]]:
+    """(profiles over the vocabulary, measured [G], genes that are not in it)."""
+    column = np.array([vocabulary.index.get(gene_id, -1) for gene_id in genes.ids], dtype=np.int64)
+    known = column >= 0
+    if not known.any():
+        raise ValueError(
+            f"{store.path}: none of its {len(genes)} genes is in the model's vocabulary; is it of another species?"
+        )
+    panel = np.zeros(len(vocabulary), dtype=bool)
+    panel[column[known]] = True
+    kept = known[profiles.gene]
+    owner = np.repeat(np.arange(len(profiles)), np.diff(profiles.indptr))[kept]
+    gene = column[profiles.gene[kept]]
+    order = np.lexsort((gene, owner))
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(profiles)))]).astype(np.int64)
+    mapped = schema.Profiles(
+        profiles.ids, profiles.xy_um, profiles.footprint_um, profiles.footprint_kind,
+        indptr, gene[order].astype(np.int32), profiles.count[kept][order],
+    )  # fmt: skip
+    return mapped, panel, tuple(g for g, k in zip(genes.ids, known, strict=True) if not k)
+
+
+def _lattice(pretrained: Pretrained, store: SlideStore) -> schema.Profiles:
+    """Footprints of the reference size every 100 um wherever a tile of tissue exists; ids lattice_<row>_<column>."""
+    info, reference = store.info, pretrained.reference
+    width, height = info.width_px0 * info.mpp, info.height_px0 * info.mpp
+    points = regions.lattice_points(width, height, LATTICE_PITCH_UM)
+    tiles = np.floor(points / info.tile_um).astype(np.int64)
+    points = points[[(int(row), int(col)) in store.tile_index for col, row in tiles]]
+    if not len(points):
+        raise ValueError(f"{store.path}: holds no tile of tissue, so nothing can be asked of it; check image and mpp")
+    places = np.floor(points / LATTICE_PITCH_UM).astype(np.int64)
+    n = len(points)
+    return schema.Profiles(
+        [f"lattice_{row}_{col}" for col, row in places], points,
+        np.full(n, reference["footprint_um"], np.float32), np.full(n, reference["footprint_kind"], np.uint8),
+        np.zeros(n + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32),
+    )  # fmt: skip
+
+
+def _platform(pretrained: Pretrained, slide: Slide) -> str:
+    """A measured slide's own platform where the model was trained on it, else the reference platform."""
+    own = slide.store.info.platform
+    trained = pretrained.data["platforms"]
+    return own if slide.measured and own in trained else str(pretrained.reference["platform"])
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """One region to be encoded: `rows` are the footprints it holds, `wanted` [len(rows)] those to be answered here."""
+
+    region: Region
+    rows: Rows
+    wanted: npt.NDArray[np.bool_]
+
+
+def _asks(pretrained: Pretrained, slide: Slide, rows: Rows, use_counts: bool) -> Iterator[_Ask]:
+    """The regions that cover `rows`. With counts each region holds all its footprints, because they are its context."""
+    tile_um, xy_um = slide.store.info.tile_um, slide.profiles.xy_um
+    extent = regions.extent_for(_platform(pretrained, slide), pretrained.data["spots_side"], tile_um)
+    for region in regions.cover(xy_um[rows], tile_um, extent):
+        wanted = rows[region.profiles]
+        if not use_counts:
+            for start in range(0, len(wanted), _CHUNK):
+                part = wanted[start : start + _CHUNK]
+                yield _Ask(region, part, np.ones(len(part), bool))
+            continue
+        corner = np.array(region.origin_um(tile_um))
+        inside = np.flatnonzero(((xy_um >= corner) & (xy_um < corner + extent * tile_um)).all(1))
+        held = np.union1d(inside, wanted)
+        yield _Ask(region, held, np.isin(held, wanted))
+
+
+def _group(pretrained: Pretrained, slide: Slide, ask: _Ask) -> schema.Group:
+    """The region as a group of its own, with its tiles as they lie in the store."""
+    info, region = slide.store.info, ask.region
+    present = set(slide.store.tile_index)
+    tiles = {
+        (0, row - region.row, col - region.col): slide.store.jpeg(slide.store.tile_index[row, col])
+        for row, col in regions.region_tiles(region, slide.read, present)
+    }
+    platform = _platform(pretrained, slide)
+    meta = schema.GroupMeta(
+        info.slide_id, info.section, info.donor, info.study, info.organ, info.species, platform,
+        schema.PROFILE_KINDS.get(platform, "spot"), _PANEL, float(pretrained.reference["slide_log_density"]), info.mpp,
+        info.tile_px, info.tile_mpp,
+        (schema.RegionMeta(region.origin_um(info.tile_um), region.extent, region.extent),),
+    )  # fmt: skip
+    return schema.Group(meta, slide.profiles.take(ask.rows), np.zeros(len(ask.rows), np.int32), tiles)
+
+
+def _forward(
+    pretrained: Pretrained, slide: Slide, rows: Rows, use_counts: bool, genes: Rows, device: torch.device
+) -> Iterator[tuple[Rows, dict[str, torch.Tensor]]]:
+    """(rows answered [n], the model's outputs for them [n, ...]) of one forward after another."""
+    spec = BatchSpec(
+        pretrained.config.tile_px, len(pretrained.genes), {_PANEL: slide.panel}, pretrained.config.organs,
+        np.asarray(pretrained.genes.share), pretrained.panel,
+    )  # fmt: skip
+    model = pretrained.model.to(device)
+    asks = list(_asks(pretrained, slide, rows, use_counts))
+    for start in range(0, len(asks), _REGIONS):
+        some = asks[start : start + _REGIONS]
+        groups = [_group(pretrained, slide, ask) for ask in some]
+        batch = collate(groups, [plain_view(group, use_counts) for group in groups], spec, genes)
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            outputs = model({name: tensor.to(device) for name, tensor in batch.items()})
+        for i, ask in enumerate(some):
+            at = torch.from_numpy(np.flatnonzero(ask.wanted)).to(device)
+            names = ("embedding", "log_composition", "log_dispersion", "depth_mean", "depth_log_var")
+            yield ask.rows[ask.wanted], {name: outputs[name][i, at].float().cpu() for name in names}
+
+
+def _device(device: str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def embed(
+    pretrained: Pretrained, slide: Slide, use_counts: bool, rows: Rows | None = None, device: str | None = None
+) -> Floats:
+    """Embeddings [N, D] of all footprints, or of those at `rows`, from H&E and, with `use_counts`, their counts.
+
+    Raises:
+        ValueError: counts are asked for, but the slide has none.
+    """
+    if use_counts and not slide.measured:
+        raise ValueError(f"{slide.store.path}: has no counts; embed it from H&E alone")
+    rows = np.arange(len(slide.profiles)) if rows is None else rows
+    place = {int(row): i for i, row in enumerate(rows)}
+    found: Floats | None = None
+    for done, outputs in _forward(pretrained, slide, rows, use_counts, _NO_GENES, _device(device)):
+        values = outputs["embedding"].numpy()
+        found = np.zeros((len(rows), values.shape[1]), np.float32) if found is None else found
+        found[[place[int(row)] for row in done]] = values
+    return np.zeros((0, 0), np.float32) if found is None else found
+
+
+def gene_indices(pretrained: Pretrained, genes: list[str] | None) -> Rows:
+    """[K] vocabulary indices of Ensembl ids or symbols; None = the reference panel.
+
+    Raises:
+        ValueError: genes that are not in the reference panel; they are named.
+    """
+    known = np.flatnonzero(pretrained.panel)
+    if genes is None:
+        return known
+    by_name: dict[str, int] = {}
+    for i in known:
+        by_name.setdefault(pretrained.genes.symbols[i], int(i))
+    by_name |= {pretrained.genes.ids[i]: int(i) for i in known}
+    unknown = [gene for gene in genes if gene not in by_name]
+    if unknown:
+        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        raise ValueError(f"{len(unknown)} of {len(genes)} genes are not in the model's reference panel: {shown}")
+    return np.array([by_name[gene] for gene in genes], dtype=np.int64)
+
+
+def predict(
+    pretrained: Pretrained, slide: Slide, genes: Rows | None = None, rows: Rows | None = None,
+    use_counts: bool = False, device: str | None = None,
+) -> Prediction:  # fmt: skip
+    """Expected expression of all footprints, or of those at `rows`.
+
+    Args:
+        genes: [K] vocabulary indices to return; None = the reference panel. The composition is over the whole reference
+            panel whatever is returned.
+        use_counts: let the model see the counts it is asked to predict as well (a reconstruction, not a prediction).
+    """
+    panel = np.flatnonzero(pretrained.panel)
+    genes = panel if genes is None else genes
+    columns = torch.from_numpy(np.searchsorted(panel, genes))
+    rows = np.arange(len(slide.profiles)) if rows is None else rows
+    place = {int(row): i for i, row in enumerate(rows)}
+    composition, dispersion = (np.zeros((len(rows), len(genes)), np.float32) for _ in range(2))
+    contrast, log_var = (np.zeros(len(rows), np.float32) for _ in range(2))
+    for done, outputs in _forward(pretrained, slide, rows, use_counts, panel, _device(device)):
+        at = [place[int(row)] for row in done]
+        composition[at] = outputs["log_composition"][:, columns].exp().numpy()
+        dispersion[at] = outputs["log_dispersion"][:, columns].exp().numpy()
+        contrast[at], log_var[at] = outputs["depth_mean"].numpy(), outputs["depth_log_var"].numpy()
+    area = slide.profiles.area_um2[rows].astype(np.float32)
+    log_depth = float(pretrained.reference["slide_log_density"]) + np.log(area) + contrast
+    return Prediction(genes, composition, log_depth.astype(np.float32), log_var, dispersion)

@@ -1,0 +1,128 @@
+"""Inference: what is asked, in which company and in how many chunks changes no answer; neither do hidden counts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storm import export, genes, inference, schema, store
+from storm.inference import Slide
+from tests import untrained
+
+
+def close(found: np.ndarray, expected: np.ndarray | float) -> None:
+    """Equal within 1e-5."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> export.Pretrained:
+    folder = tmp_path_factory.mktemp("model")
+    return export.load(export.export(untrained.write_checkpoint(folder / "run"), folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def slide(pretrained: export.Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Slide:
+    return inference.prepare(pretrained, store.SlideStore(untrained.write_store(tmp_path_factory.mktemp("store"))))
+
+
+def test_counts_are_mapped_to_the_models_genes(slide: Slide, pretrained: export.Pretrained) -> None:
+    own, table = slide.store.profiles(), slide.store.genes()
+    expected = np.zeros((len(own), 40), int)
+    for i in range(len(own)):
+        for g, c in zip(
+            own.gene[own.indptr[i] : own.indptr[i + 1]], own.count[own.indptr[i] : own.indptr[i + 1]], strict=True
+        ):
+            if table.ids[g] in pretrained.genes.index:
+                expected[i, pretrained.genes.index[table.ids[g]]] = c
+    found = np.zeros_like(expected)
+    p = slide.profiles
+    found[np.repeat(np.arange(len(p)), np.diff(p.indptr)), p.gene] = p.count
+    np.testing.assert_array_equal(found, expected)
+    assert slide.unknown == ("ENSG99999999999",)
+    assert slide.panel.sum() == 29
+    assert all(np.all(np.diff(p.gene[a:b]) > 0) for a, b in zip(p.indptr[:-1], p.indptr[1:], strict=True))
+
+
+def test_a_prediction_sums_to_its_depth_over_the_reference_panel(slide: Slide, pretrained: export.Pretrained) -> None:
+    whole = inference.predict(pretrained, slide)
+    assert whole.composition.shape == (len(slide.profiles), 32)
+    close(whole.composition.sum(1), 1)
+    close(whole.mu.sum(1) / np.exp(whole.log_depth), 1)
+    assert whole.composition.std(0).max() > 1e-4  # the pixels matter, so the tests below can fail
+    assert np.isfinite(whole.lognorm()).all() and np.isfinite(whole.raw()).all()
+
+
+def test_one_gene_alone_is_itself_among_all(slide: Slide, pretrained: export.Pretrained) -> None:
+    whole = inference.predict(pretrained, slide)
+    one = inference.predict(pretrained, slide, genes=np.array([7]))
+    np.testing.assert_array_equal(one.composition[:, 0], whole.composition[:, 7])
+    np.testing.assert_array_equal(one.lognorm()[:, 0], whole.lognorm()[:, 7])
+    turned = inference.predict(pretrained, slide, genes=np.array([9, 2]))
+    np.testing.assert_array_equal(turned.dispersion, whole.dispersion[:, [9, 2]])
+
+
+def test_a_footprint_asked_alone_is_itself_among_all(
+    slide: Slide, pretrained: export.Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = inference.predict(pretrained, slide)
+    embedded = inference.embed(pretrained, slide, use_counts=False)
+    rows = np.array([60, 3, 35])
+    for some in (rows, rows[:1], np.arange(36)):
+        alone = inference.predict(pretrained, slide, rows=some)
+        close(alone.composition, whole.composition[some])
+        close(alone.log_depth, whole.log_depth[some])
+        close(inference.embed(pretrained, slide, False, some), embedded[some])
+    monkeypatch.setattr(inference, "_CHUNK", 3)
+    monkeypatch.setattr(inference, "_REGIONS", 3)
+    close(inference.predict(pretrained, slide).composition, whole.composition)
+
+
+def test_with_counts_a_footprint_keeps_its_neighbours(slide: Slide, pretrained: export.Pretrained) -> None:
+    whole = inference.embed(pretrained, slide, use_counts=True)
+    close(inference.embed(pretrained, slide, True, np.array([40])), whole[[40]])
+    assert np.abs(whole - inference.embed(pretrained, slide, use_counts=False)).max() > 1e-3
+
+
+def test_counts_do_not_reach_a_prediction_from_the_image(slide: Slide, pretrained: export.Pretrained) -> None:
+    p = slide.profiles
+    other = schema.Profiles(
+        p.ids, p.xy_um, p.footprint_um, p.footprint_kind, p.indptr, p.gene, np.flip(p.count).copy() + 3
+    )
+    changed = Slide(slide.store, other, slide.panel, True, slide.unknown, slide.read)
+    np.testing.assert_array_equal(
+        inference.predict(pretrained, changed).composition, inference.predict(pretrained, slide).composition
+    )
+    assert np.abs(inference.embed(pretrained, changed, True) - inference.embed(pretrained, slide, True)).max() > 1e-3
+
+
+def test_without_counts_a_lattice_is_asked(pretrained: export.Pretrained, tmp_path: Path) -> None:
+    bare = inference.prepare(pretrained, store.SlideStore(untrained.write_store(tmp_path, measured=False)))
+    assert not bare.measured
+    assert "lattice_0_0" in bare.profiles.ids
+    places = np.floor(bare.profiles.xy_um / 112).astype(int)
+    assert not ((places == 1).all(1)).any()  # no tile there, so nothing is asked there
+    assert inference.embed(pretrained, bare, use_counts=False).shape == (len(bare.profiles), 32)
+    assert (bare.profiles.footprint_um == 55).all()
+    with pytest.raises(ValueError, match="has no counts"):
+        inference.embed(pretrained, bare, use_counts=True)
+
+
+def test_genes_by_id_or_symbol(pretrained: export.Pretrained) -> None:
+    assert inference.gene_indices(pretrained, ["GENE3", "ENSG00000000005"]).tolist() == [3, 5]
+    assert len(inference.gene_indices(pretrained, None)) == 32
+    with pytest.raises(ValueError, match=r"1 of 2 genes are not in the model's reference panel: GENE35"):
+        inference.gene_indices(pretrained, ["GENE3", "GENE35"])
+
+
+def test_tiles_of_another_size_and_foreign_genes_are_refused(pretrained: export.Pretrained, tmp_path: Path) -> None:
+    path = untrained.write_store(tmp_path)
+    found = store.SlideStore(path)
+    object.__setattr__(found.info, "tile_mpp", 0.5)
+    with pytest.raises(ValueError, match=r"tile_px=32 tile_mpp=3\.5"):
+        inference.prepare(pretrained, found)
+    found = store.SlideStore(path)
+    mouse = genes.GeneTable(tuple(f"ENSMUSG{i:011d}" for i in range(30)), ("x",) * 30)
+    found.genes = lambda: mouse  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="none of its 30 genes"):
+        inference.prepare(pretrained, found)
