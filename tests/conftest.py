@@ -8,6 +8,7 @@ import pytest
 # Before numpy or torch start their threads: the tests run many small operations, some of them on two ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+PREP_TINY = Path(__file__).resolve().parent.parent / "configs" / "prep_tiny.yaml"
 REAL_FOLDERS = ("her2st", "scmuscle_visium", "scanpy_visium", "spatialexperiment_2sections", "wsi")
 
 
@@ -31,4 +32,25 @@ def synthetic_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tissue")
     write_corpus(folder, size="tiny", seed=0, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_store(synthetic_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slide stores of `synthetic_tiny` by configs/prep_tiny.yaml."""
+    from data_prep import build
+
+    folder = tmp_path_factory.mktemp("stores") / "stores"
+    words = [str(synthetic_tiny / "manifest.csv"), "--store", str(folder), "--config", str(PREP_TINY), "--workers", "1"]
+    assert build.main(words) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shard set of `tiny_store`: splits train and test."""
+    from data_prep import pack
+
+    folder = tmp_path_factory.mktemp("shards") / "shards"
+    assert pack.main(["--store", str(tiny_store), "--out", str(folder), "--config", str(PREP_TINY)]) == 0
     return folder
