@@ -15,6 +15,11 @@ from storm.config import MASK_MODES
 Term = tuple[Tensor, Tensor]  # (sum, count)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32 where it came in half precision."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 def negative_binomial_nll(count: Tensor, log_mu: Tensor, log_r: Tensor) -> Tensor:
     """-log NB(count; mean mu, size r), variance mu + mu^2 / r; shapes broadcast, all finite."""
     r = log_r.exp()
@@ -28,8 +33,8 @@ def expr_per_profile(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> tu
 
     The mean count of a gene is L * composition; L, the observed depth of the target panel, is an offset and no input.
     """
-    log_mu_RNK = batch["target_log_depth"][..., None] + outputs["log_composition"].float()
-    nll_RNK = negative_binomial_nll(batch["target_count"], log_mu_RNK, outputs["log_dispersion"].float())
+    log_mu_RNK = batch["target_log_depth"][..., None] + wide(outputs["log_composition"])
+    nll_RNK = negative_binomial_nll(batch["target_count"], log_mu_RNK, wide(outputs["log_dispersion"]))
     mask_RNK = batch["target_mask"]
     genes_RN = mask_RNK.sum(-1)
     return torch.where(mask_RNK, nll_RNK, 0).sum(-1) / genes_RN.clamp_min(1), genes_RN > 0
@@ -51,15 +56,15 @@ def expr_by_mode(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[s
 
 def depth(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Term:
     """Gaussian NLL of the slide-centred log density of wholly hidden profiles."""
-    log_var_RN, mask_RN = outputs["depth_log_var"].float(), batch["depth_mask"]
-    error_RN = batch["depth_target"] - outputs["depth_mean"].float()
+    log_var_RN, mask_RN = wide(outputs["depth_log_var"]), batch["depth_mask"]
+    error_RN = batch["depth_target"] - wide(outputs["depth_mean"])
     nll_RN = 0.5 * (math.log(2 * math.pi) + log_var_RN + error_RN**2 * torch.exp(-log_var_RN))
     return torch.where(mask_RN, nll_RN, 0).sum(), mask_RN.sum().float()
 
 
 def image(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Term:
     """Squared error of the stain statistics of hidden tiles: mean over statistics, sum over tiles."""
-    error_RC = (outputs["tile_stats"].float() - batch["tile_target"]).square().mean(-1)
+    error_RC = (wide(outputs["tile_stats"]) - batch["tile_target"]).square().mean(-1)
     return torch.where(batch["tile_hidden"], error_RC, 0).sum(), batch["tile_hidden"].sum().float()
 
 

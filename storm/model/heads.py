@@ -111,7 +111,7 @@ def expected_log1p(mu: Tensor, r: Tensor, scale: Tensor | float) -> Tensor:
     fast, because the integrand is analytic around the real axis.
     """
     step, total = 0.75, torch.zeros_like(mu)
-    for i in range(-30, 6):
+    for i in range(-30, 5):
         t = math.exp(i * step)
         reach = -torch.expm1(-t * torch.as_tensor(scale, dtype=mu.dtype, device=mu.device))
         total -= step * math.exp(-t) * torch.expm1(-r * torch.log1p(mu / r * reach))

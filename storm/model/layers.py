@@ -36,15 +36,14 @@ class Constant(nn.Embedding):
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Draw the weights of every plain Linear (biases zero) and Embedding with variance 1 / columns.
+    """Draw the weights of every Linear (biases zero) and Embedding with variance 1 / columns; zeros and constants stay.
 
-    Each depends on (seed, its name, its shape) alone: equal on every rank, and not moved by a new neighbour. Other
-    modules keep the values they start with.
+    Each depends on (seed, its name, its shape) alone: equal on every rank, and not moved by a new neighbour.
     """
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, ZeroLinear | Constant):
             weight = module.get_parameter("weight")
-            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it keeps 32 bits
             weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1]))
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.get_parameter("bias"))
@@ -68,6 +67,17 @@ def rotate(x_SHLW: Tensor, code: Rotation) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Computed in the precision of its input: under autocast a weight of another one would lose the fused kernel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x / rms(x) * weight over the last dimension."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU, with RMSNorm on queries and keys and without biases.
 
@@ -79,13 +89,13 @@ class Block(nn.Module):
         super().__init__()
         hidden = 16 * math.ceil(width / 6)  # 8/3 of the width: as many weights as a plain MLP of 4 widths
         self.head_width = head_width
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm = RMSNorm(width)
         self.query = nn.Linear(width, width, bias=False)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.query_norm = nn.RMSNorm(head_width, eps=1e-6)
-        self.key_norm = nn.RMSNorm(head_width, eps=1e-6)
+        self.query_norm = RMSNorm(head_width)
+        self.key_norm = RMSNorm(head_width)
         self.attended = ZeroLinear(width, width, bias=False)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp_norm = RMSNorm(width)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = ZeroLinear(hidden, width, bias=False)
 
@@ -119,7 +129,7 @@ class Transformer(nn.Module):
     def __init__(self, depth: int, width: int, head_width: int, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, head_width) for _ in range(depth))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width)
         self.activation_checkpointing = activation_checkpointing
 
     def forward(self, x_SLD: Tensor, code: Rotation | None = None, context_SM: Tensor | None = None) -> Tensor:
@@ -131,6 +141,7 @@ class Transformer(nn.Module):
             context_SM: which of the first M tokens are attended to; nobody attends to a token after them, and each
                 token reaches its own output on the residual alone. None: all attend to all.
         """
+        x_SLD = x_SLD.to(self.norm.weight.dtype)  # the residual stream keeps full precision under autocast
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_SLD = checkpoint(block, x_SLD, code, context_SM, use_reentrant=False, preserve_rng_state=False)

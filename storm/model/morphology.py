@@ -20,8 +20,8 @@ class TileEncoder(nn.Module):
     Position inside a tile is rotary and so relative: the map carries no grid phase (a profile reads it across tiles).
     """
 
-    pixel_mean: Tensor
-    pixel_sd: Tensor
+    pixel_scale: Tensor
+    pixel_shift: Tensor
     patch_xy_um: Tensor
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
@@ -33,8 +33,9 @@ class TileEncoder(nn.Module):
         centre_um = (torch.arange(config.tile_px // config.patch_px) + 0.5) * config.patch_um
         y, x = torch.meshgrid(centre_um, centre_um, indexing="ij")
         self.register_buffer("patch_xy_um", torch.stack([x, y], -1).flatten(0, 1), persistent=False)
-        self.register_buffer("pixel_mean", 255 * torch.tensor(PIXEL_MEAN), persistent=False)
-        self.register_buffer("pixel_sd", 255 * torch.tensor(PIXEL_SD), persistent=False)
+        mean, sd = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_SD)
+        self.register_buffer("pixel_scale", (1 / (255 * sd)).repeat(config.patch_px**2), persistent=False)
+        self.register_buffer("pixel_shift", (-mean / sd).repeat(config.patch_px**2), persistent=False)
 
     def forward(self, tiles: Tensor, tile_weight_T: Tensor) -> tuple[Tensor, Tensor]:
         """Feature map [T, P, D] and summary [T, D] of uint8 tiles [T, px, px, 3]; zero where the weight is zero."""
@@ -46,5 +47,6 @@ class TileEncoder(nn.Module):
     def _patches(self, tiles: Tensor) -> Tensor:
         """Standardised pixels [T, P, patch_px * patch_px * 3]."""
         p = self.patch_px
-        grid = tiles.unflatten(1, (-1, p)).unflatten(3, (-1, p)).transpose(2, 3).flatten(1, 2)  # [T, P, p, p, 3], uint8
-        return ((grid - self.pixel_mean) / self.pixel_sd).flatten(2)
+        grid = tiles.unflatten(1, (-1, p)).unflatten(3, (-1, p)).transpose(2, 3)  # [T, rows, cols, p, p, 3], uint8
+        patches = grid.flatten(1, 2).flatten(2).to(self.pixel_scale.dtype)
+        return torch.addcmul(self.pixel_shift, patches, self.pixel_scale)

@@ -73,7 +73,9 @@ def profiles(out: dict, rng: np.random.Generator, regions: int, extent_um: float
 
 def counts(out: dict, rng: np.random.Generator, regions: int, n: int, k: int) -> None:
     """Visible profiles show genes 0..19 of the vocabulary, the loss asks for `k` genes from gene 10 on."""
-    shown = [rng.choice(20, rng.integers(1, 9), replace=False) if v else [] for v in out["visible"].flat]
+    shown: list[np.ndarray | list[int]] = [
+        rng.choice(20, rng.integers(1, 9), replace=False) if v else [] for v in out["visible"].flat
+    ]
     sizes = np.array([len(genes) for genes in shown])
     out["input_gene"] = np.concatenate(shown)
     out["input_value"] = rng.uniform(0.1, 4, sizes.sum())
@@ -97,10 +99,42 @@ def awake(model: Storm, scale: float = 0.3) -> Storm:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale / parameter.shape[-1] ** 0.5)
     return model
 
 
 def double(batch: Batch) -> Batch:
     """The batch with its floats in float64."""
     return {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
+
+
+def choose_profiles(batch: Batch, rows: list[int]) -> Batch:
+    """The batch with the profiles `rows` of each region in that order; -1 is a padded place."""
+    regions, n = batch["profile"].shape
+    keep = torch.tensor(rows)
+    out = dict(batch)
+    for name, (_, shape) in BATCH.items():
+        if shape.startswith("R N"):
+            out[name] = batch[name][:, keep.clamp_min(0)].clone()
+            out[name][:, keep < 0] = 0
+    starts = batch["input_offsets"].view(regions, n)
+    ends = torch.cat([batch["input_offsets"][1:], torch.tensor([len(batch["input_gene"])])]).view(regions, n)
+    empty = torch.arange(0)
+    entries = [
+        torch.arange(int(starts[r, i]), int(ends[r, i])) if i >= 0 else empty for r in range(regions) for i in rows
+    ]
+    sizes = torch.tensor([len(e) for e in entries])
+    chosen, offsets = torch.cat(entries), sizes.cumsum(0) - sizes
+    out |= {"input_gene": batch["input_gene"][chosen], "input_value": batch["input_value"][chosen]}
+    return out | {"input_offsets": offsets}
+
+
+def pad_tiles(batch: Batch, extra: int) -> Batch:
+    """The batch with `extra` absent tiles per region, and a grid with one more row and column."""
+    out = dict(batch)
+    regions, c = batch["tile_present"].shape
+    for name, (_, shape) in BATCH.items():
+        if shape.startswith("R C"):
+            out[name] = torch.cat([batch[name], batch[name].new_zeros(regions, extra, *batch[name].shape[2:])], dim=1)
+    out["tile_slot"] = batch["tile_slot"] // c * (c + extra) + batch["tile_slot"] % c
+    return out | {"tile_at": torch.nn.functional.pad(batch["tile_at"], (0, 1, 0, 1), value=-1)}

@@ -1,11 +1,25 @@
 """The whole model: shapes, what an answer may depend on, gradients, seeds."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch import Tensor
 
 from storm import losses
 from storm.model.storm import Storm
-from tests.model.batches import Batch, make_batch
+from tests.model.batches import CONFIG, N_GENES, Batch, awake, choose_profiles, double, make_batch, pad_tiles
+
+PROFILE_OUTPUTS = ("log_composition", "log_dispersion", "depth_mean", "depth_log_var", "embedding")
+
+
+def backward(model: Storm, batch: Batch) -> dict[str, Tensor]:
+    """Gradient of every parameter from the sum of all loss terms; none may be missing."""
+    model.zero_grad(set_to_none=True)
+    torch.stack([total for total, _ in losses.terms(model(batch), batch).values()]).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert [name for name, grad in grads.items() if grad is None] == []
+    return {name: grad for name, grad in grads.items() if grad is not None}
 
 
 def test_shapes(model: Storm, batch: Batch) -> None:
@@ -21,19 +35,154 @@ def test_shapes(model: Storm, batch: Batch) -> None:
     assert all(torch.isfinite(x).all() for x in out.values())
 
 
-def backward(model: Storm, batch: Batch) -> dict[str, torch.Tensor | None]:
-    """Gradient of every parameter from the sum of all loss terms."""
-    model.zero_grad(set_to_none=True)
-    torch.stack([total for total, _ in losses.terms(model(batch), batch).values()]).sum().backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+def test_targets_are_no_input(model: Storm, batch: Batch) -> None:
+    """The model runs without them, bit for bit."""
+    unread = {"target_count", "target_mask", "target_log_depth", "depth_target", "depth_mask", "tile_target"}
+    unread |= {"query", "wholly_hidden", "profile", "mode", "region_group"}
+    blind = model({name: x for name, x in batch.items() if name not in unread})
+    assert all(torch.equal(x, blind[name]) for name, x in model(batch).items())
 
 
-@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("visible", [0, 5])
+def test_a_footprint_asked_alone_among_36_and_among_1225(model: Storm, visible: int) -> None:
+    whole = make_batch(regions=1, n=1226 + visible)
+    whole["visible"] = torch.arange(1226 + visible)[None] < visible
+    context = list(range(visible))
+    asked = [700, 12, 1000]
+    everything = model(choose_profiles(whole, list(range(1225 + visible))))
+    for profile in asked:
+        others = [i for i in range(visible, 60) if i != profile][:35]
+        for chosen in ([*context, profile], [*context, *others, profile]):
+            alone = model(choose_profiles(whole, chosen))
+            for name in PROFILE_OUTPUTS:
+                torch.testing.assert_close(alone[name][0, -1], everything[name][0, profile], rtol=1e-5, atol=1e-5)
+
+
+def test_visible_profiles_and_tiles_inform_a_query(model: Storm, batch: Batch) -> None:
+    before = model(batch)["embedding"]
+    batch["input_value"][0] += 1  # of the first profile, region 0
+    changed = (model(batch)["embedding"] != before).any(-1)
+    assert changed[0].all() and not changed[1].any()
+    before = model(batch)["embedding"]
+    batch["tiles"][-1] = 255 - batch["tiles"][-1]  # of region 1
+    changed = (model(batch)["embedding"] != before).any(-1)
+    assert changed[1].all() and not changed[0].any()
+
+
+def test_padding_changes_nothing(model: Storm, batch: Batch) -> None:
+    plain, padded = model(batch), model(pad_tiles(choose_profiles(batch, [0, 1, 2, 3, 4, 5, -1, -1, -1]), 3))
+    for name, x in plain.items():
+        torch.testing.assert_close(padded[name][:, : x.shape[1]], x, rtol=1e-5, atol=1e-5)
+
+
+def test_regions_do_not_mix(model: Storm) -> None:
+    """Two regions in one batch give what each gives in its own."""
+    batch = make_batch(regions=1)
+    twice = model(two_of(batch))
+    for name, x in model(batch).items():
+        torch.testing.assert_close(twice[name], torch.cat([x, x]), rtol=1e-5, atol=1e-5)
+
+
+def two_of(batch: Batch) -> Batch:
+    """A batch that holds its one region twice."""
+    out = {name: x if name == "genes" else torch.cat([x, x]) for name, x in batch.items()}
+    out["tile_at"][1][batch["tile_at"][0] >= 0] += len(batch["tiles"])
+    out["tile_slot"][len(batch["tiles"]) :] += batch["tile_present"].shape[1]
+    out["input_offsets"][len(batch["input_offsets"]) :] += len(batch["input_gene"])
+    return out
+
+
 @pytest.mark.parametrize("hidden_tiles", [0, 1])
-def test_every_parameter_has_a_finite_gradient(model: Storm, images: bool, hidden_tiles: int) -> None:
+@pytest.mark.parametrize("images", [True, False])
+def test_every_parameter_has_a_gradient(model: Storm, images: bool, hidden_tiles: int) -> None:
+    """Also without a single tile: the dummy runs, and its gradient is exactly zero."""
     grads = backward(model, make_batch(images=images, hidden_tiles=hidden_tiles))
-    assert all(g is not None and torch.isfinite(g).all() for g in grads.values())
-    moved = {name for name, g in grads.items() if g is not None and g.any()}
-    image_rooms = ("morphology.", "tile.", "fusion.footprint.", "fusion.window.")
-    assert all(name.startswith(image_rooms) != images for name in moved if name.startswith(image_rooms)) or images
-    assert images == any(name.startswith("morphology.") for name in moved)
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+    image = {name for name in grads if name.startswith(("morphology.", "tile.weight", "fusion.footprint."))}
+    assert image and all(grads[name].any() == images for name in image)
+
+
+def test_an_unmeasured_gene_has_exactly_no_gradient(model: Storm, batch: Batch) -> None:
+    grads = backward(model, batch)
+    asked = torch.zeros(N_GENES, dtype=torch.bool)
+    asked[batch["genes"][(batch["gene_weight"] > 0).any(0)]] = True
+    for name in ("decoder.gene_bias.weight", "decoder.platform_bias.weight", "decoder.gene_dispersion.weight"):
+        assert not grads[name][~asked].any() and grads[name][asked].any()
+    asked[batch["input_gene"]] = True
+    assert not asked.all() and not grads["genes.weight"][~asked].any()
+
+
+def test_gradient_equals_finite_differences() -> None:
+    """One directional derivative through all three levels, in float64."""
+    model, batch = awake(Storm(CONFIG, N_GENES)).double(), double(make_batch())
+    grads = backward(model, batch)
+    generator = torch.Generator().manual_seed(3)
+    step = {name: torch.randn(grad.shape, generator=generator).double() for name, grad in grads.items()}
+
+    def loss(scale: float) -> float:
+        moved = {name: p + scale * step[name] for name, p in model.named_parameters()}
+        out = torch.func.functional_call(model, moved, (batch,))
+        return sum(float(total.detach()) for total, _ in losses.terms(out, batch).values())
+
+    slope = sum(float((grads[name] * step[name]).sum()) for name in grads)
+    assert (loss(1e-5) - loss(-1e-5)) / 2e-5 == pytest.approx(slope, rel=1e-6)
+
+
+def test_bfloat16_autocast(model: Storm, batch: Batch) -> None:
+    exact = model(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(batch)
+        grads = backward(model, batch)
+    assert out["log_composition"].dtype == torch.float32
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+    assert (out["log_composition"] - exact["log_composition"]).abs().max() < 0.2
+
+
+def test_equal_seeds_equal_weights() -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = Storm(CONFIG, N_GENES, seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left as it was
+    torch.manual_seed(6)
+    again = Storm(CONFIG, N_GENES, seed=1).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = Storm(CONFIG, N_GENES, seed=2).state_dict()
+    assert not torch.equal(first["genes.weight"], other["genes.weight"])
+    deeper = Storm(dataclasses.replace(CONFIG, space_depth=3), N_GENES, seed=1).state_dict()
+    assert all(torch.equal(first[name], deeper[name]) for name in first)
+
+
+def test_the_start_is_the_expected_composition(batch: Batch) -> None:
+    model, share = Storm(CONFIG, N_GENES), torch.rand(N_GENES)
+    model.set_gene_bias(share.log())
+    panel = share[batch["genes"]] / (share[batch["genes"]] * batch["gene_weight"][0]).sum()
+    composition = model(batch)["log_composition"].exp()
+    torch.testing.assert_close(composition, panel.expand_as(composition))
+
+
+def test_no_tensor_has_two_names(model: Storm) -> None:
+    tensors = list(model.state_dict(keep_vars=True).values())
+    assert len({id(x) for x in tensors}) == len({x.data_ptr() for x in tensors}) == len(tensors)
+
+
+def test_a_small_model_learns_what_the_tissue_shows() -> None:
+    """Two kinds of tiles, two compositions: from H&E alone the model beats the mean composition within 40 steps."""
+    batch = make_batch(regions=2, hidden_tiles=0, n=8)
+    batch["visible"][:] = False
+    batch["tiles"] = (
+        torch.tensor([60, 200], dtype=torch.uint8).repeat_interleave(4)[:, None, None, None].expand(-1, 32, 32, 3)
+    )
+    batch["target_count"] = torch.where(torch.arange(12) % 2 == torch.arange(2)[:, None, None], 9.0, 1.0).expand(
+        2, 8, 12
+    )
+    batch["target_mask"] = (batch["gene_weight"] > 0)[:, None] & batch["profile"][..., None]
+    model = Storm(CONFIG, N_GENES)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    history = []
+    for _ in range(40):
+        total, count = losses.expr(model(batch), batch)
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+        history.append(float((total / count).detach()))
+    assert history[-1] < history[0] - 0.3
