@@ -14,11 +14,12 @@ In: a run folder. Out: its complete checkpoints, verified against their markers.
         COMPLETE              json, written last: step, versions, {"files": {relative name: sha256}}
 """
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
-from storm import files
+from storm import __version__, files
 
 FOLDER, MARKER = "checkpoints", "COMPLETE"
 _NAME = re.compile(r"step_(\d+)")
@@ -57,3 +58,11 @@ def verify(checkpoint: Path, names: list[str]) -> dict[str, Any]:
         if files.sha256_file(file) != marker["files"].get(name):
             raise ValueError(f"{file}: its sha256 is not that of {MARKER}; the checkpoint is damaged, use an older one")
     return marker
+
+
+def code_version() -> str:
+    """Version, and the first digits of a sha256 over the package's sources: two equal ones ran the same code."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:12]}"

@@ -1,13 +1,18 @@
-"""Baselines that every result stands beside. In: patches, depths, counts. Out: predictions in the target's unit.
-
-numpy and scikit-learn only: a baseline knows nothing of the model.
+"""Baselines that every result stands beside. In: colour features, depths, targets. Out: predictions, in the target's
+unit. numpy and scikit-learn only: a baseline knows nothing of the model.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import Ridge
+from sklearn.neighbors import KNeighborsRegressor
+from sklearn.neural_network import MLPRegressor
 from sklearn.preprocessing import StandardScaler
 
+SHUFFLES = 10
 ALPHAS = tuple(10.0**k for k in range(-1, 6))
 Floats = npt.NDArray[np.float64]
 
@@ -39,15 +44,19 @@ def _choose_alphas(x: Floats, y: Floats, groups: npt.NDArray, alphas: tuple[floa
     for held in np.unique(groups):
         train, test = groups != held, groups == held
         for i, alpha in enumerate(alphas):
-            residual = y[test] - Ridge(alpha).fit(x[train], y[train]).predict(x[test])
+            residual = y[test] - Ridge(alpha).fit(x[train], y[train]).predict(x[test]).reshape(-1, y.shape[1])
             error[i] += ((residual - residual.mean(0)) ** 2).sum(0)
     return np.array(alphas)[error.argmin(0)]
 
 
 def ridge_predict(
-    train_x: Floats, train_y: Floats, test_x: Floats, groups: npt.NDArray | None = None, alphas: tuple[float, ...] = ALPHAS
+    train_x: Floats,
+    train_y: Floats,
+    test_x: Floats,
+    groups: npt.NDArray | None = None,
+    alphas: tuple[float, ...] = ALPHAS,
 ) -> Floats:
-    """Ridge on standardised features with an intercept; one alpha per target by cross-validation on the training profiles.
+    """Ridge on standardised features with an intercept; one alpha per target by cross-validation in training.
 
     Args:
         train_x: [N, F] features; train_y: [N, K] targets.
@@ -63,4 +72,102 @@ def ridge_predict(
     scaler = StandardScaler().fit(train_x)
     x = scaler.transform(train_x)
     alpha = _choose_alphas(x, train_y, np.asarray(groups), alphas)
-    return np.asarray(Ridge(alpha).fit(x, train_y).predict(scaler.transform(test_x)))
+    predicted = np.asarray(Ridge(alpha).fit(x, train_y).predict(scaler.transform(test_x)))
+    return predicted.reshape(len(test_x), -1)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the baselines see of N profiles of some sections."""
+
+    colour: Floats  # [N, 15]
+    around: Floats  # [N, 30] with the neighbours' mean
+    log_depth: Floats  # [N] measured; of test profiles only the reference `true depth` may look at it
+    section: npt.NDArray[np.int64]  # [N] number of the section
+    fold: npt.NDArray[
+        np.int64
+    ]  # [N] what is held out to choose a ridge's alpha: the donor, or with one donor the section
+
+
+def slide_mean(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """The mean of training: constant, so its correlation counts as 0."""
+    return [np.repeat(y.mean(0, keepdims=True), len(test.colour), axis=0)]
+
+
+def _depth_line(train: Inputs, y: Floats, log_depth: Floats) -> Floats:
+    """One line per gene in log depth, fitted on training profiles."""
+    centre = train.log_depth.mean()
+    x = train.log_depth - centre
+    return np.asarray(y.mean(0) + np.outer(log_depth - centre, x @ (y - y.mean(0)) / max(float(x @ x), 1e-12)))
+
+
+def true_depth(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """One slope per gene on the *measured* log depth of the test profiles: no image, and no prediction either."""
+    return [_depth_line(train, y, test.log_depth)]
+
+
+def image_depth(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Colour -> predicted log depth -> one slope per gene, nothing else."""
+    predicted = ridge_predict(train.colour, train.log_depth[:, None], test.colour, train.fold)
+    return [_depth_line(train, y, predicted[:, 0])]
+
+
+def colour_knn(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Mean of the 20 training profiles of most similar colour."""
+    scaler = StandardScaler().fit(train.colour)
+    nearest = KNeighborsRegressor(min(20, len(y))).fit(scaler.transform(train.colour), y)
+    return [np.asarray(nearest.predict(scaler.transform(test.colour)))]
+
+
+def colour_mlp(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Two layers of weights, 128 hidden units, all genes at once, stopped on a tenth of the training profiles."""
+    scaler, unit = StandardScaler().fit(train.colour), StandardScaler().fit(y)
+    net = MLPRegressor((128,), alpha=1e-2, early_stopping=True, n_iter_no_change=20, max_iter=300,
+                       random_state=int(rng.integers(2**31)))  # fmt: skip
+    net.fit(scaler.transform(train.colour), unit.transform(y))
+    return [
+        np.asarray(unit.inverse_transform(net.predict(scaler.transform(test.colour)).reshape(len(test.colour), -1)))
+    ]
+
+
+def colour_ridge(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Ridge on the colour of a profile's own patch."""
+    return [ridge_predict(train.colour, y, test.colour, train.fold)]
+
+
+def neighbour_ridge(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Ridge on the colour of the own patch and its mean over the neighbours."""
+    return [ridge_predict(train.around, y, test.around, train.fold)]
+
+
+def shuffled_ridge(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Colour ridge with the training patches shuffled within their sections: one prediction per shuffle."""
+    found = []
+    for _ in range(SHUFFLES):
+        order = np.arange(len(y))
+        for number in np.unique(train.section):
+            members = np.flatnonzero(train.section == number)
+            order[members] = rng.permutation(members)
+        found.append(ridge_predict(train.colour[order], y, test.colour, train.fold))
+    return found
+
+
+@dataclass(frozen=True)
+class Method:
+    """A baseline: its name in tables, and its role: `baseline` (to be beaten), `reference` (no rival) or `control`."""
+
+    name: str
+    role: str
+    predict: Callable[[Inputs, Floats, Inputs, np.random.Generator], list[Floats]]
+
+
+METHODS = (
+    Method("slide mean", "baseline", slide_mean),
+    Method("image -> depth -> gene", "baseline", image_depth),
+    Method("colour kNN", "baseline", colour_knn),
+    Method("colour MLP, 2 layers", "baseline", colour_mlp),
+    Method("colour ridge", "baseline", colour_ridge),
+    Method("colour ridge + neighbours", "baseline", neighbour_ridge),
+    Method("true depth (measured, no image)", "reference", true_depth),
+    Method("colour ridge, patches shuffled", "control", shuffled_ridge),
+)

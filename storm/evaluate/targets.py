@@ -1,11 +1,14 @@
 """Targets and gene rules of H&E -> expression (protocol 2): what is predicted, and for which genes.
 
-In: counts [N, G] of the measured genes. Out: targets [N, K], and the columns of the genes that a rule names.
-Rules look at training sections alone.
+In: sparse counts [N, K]. Out: targets [N, K], and the columns of the genes that a rule names. Rules are given
+training profiles alone.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import sparse
 
 Floats = npt.NDArray[np.float64]
 Columns = npt.NDArray[np.int64]
@@ -15,9 +18,9 @@ COLUMNS = (("lognorm", "var"), ("raw", "var"), ("residual", "var"), ("lognorm", 
 SCALE = 1e4
 
 
-def lognorm(counts: npt.NDArray, depth: npt.NDArray) -> Floats:
-    """log1p(counts / depth * 1e4) [N, K]; `depth` [N] counts all measured genes, not only these; 0 where depth is 0."""
-    return np.asarray(np.log1p(counts * (SCALE / np.maximum(depth, 1))[:, None]), dtype=np.float64)
+def lognorm(counts: sparse.csr_array, depth: npt.NDArray) -> Floats:
+    """log1p(counts / depth * 1e4) [N, K]; `depth` [N] counts all measured genes, not only these."""
+    return np.asarray(np.log1p(counts.toarray() * (SCALE / np.maximum(depth, 1))[:, None]), dtype=np.float64)
 
 
 def residualised(values: Floats, log_depth: Floats) -> Floats:
@@ -28,30 +31,54 @@ def residualised(values: Floats, log_depth: Floats) -> Floats:
     return centred - np.outer(depth, depth @ centred / spread) if spread > 0 else centred
 
 
-def target(name: str, counts: npt.NDArray, depth: npt.NDArray) -> Floats:
+def target(name: str, counts: sparse.csr_array, depth: npt.NDArray) -> Floats:
     """One of TARGETS for one section: counts [N, K], total depth [N] -> [N, K]."""
     if name == "raw":
-        return np.log1p(counts.astype(np.float64))
+        return np.asarray(np.log1p(counts.toarray()), dtype=np.float64)
     values = lognorm(counts, depth)
     return residualised(values, np.log(np.maximum(depth, 1))) if name == "residual" else values
 
 
-def top_variance(values: Floats, genes: int = 250, among: int = 1000) -> Columns:
+@dataclass(frozen=True)
+class Moments:
+    """Per gene over the training profiles, of lognorm: mean, variance, share of profiles with a count; each [K]."""
+
+    mean: Floats
+    variance: Floats
+    seen: Floats
+
+
+def moments(counts: list[sparse.csr_array], depths: list[npt.NDArray]) -> Moments:
+    """Moments over several sections; nothing is made dense."""
+    total = sum(c.shape[0] for c in counts)
+    first, second, seen = (np.zeros(counts[0].shape[1]) for _ in range(3))
+    for c, depth in zip(counts, depths, strict=True):
+        values = (sparse.diags_array(SCALE / np.maximum(depth, 1)) @ c).log1p()
+        first += values.sum(0)
+        second += values.power(2).sum(0)
+        seen += (c > 0).sum(0)
+    mean = first / total
+    return Moments(mean, np.maximum(second / total - mean**2, 0), seen / total)
+
+
+def top_variance(of: Moments, genes: int = 250, among: int = 1000) -> Columns:
     """Rule `var`: the columns of highest variance among those of highest mean; ascending."""
-    candidates = np.argsort(-values.mean(0), kind="stable")[:among]
-    return np.sort(candidates[np.argsort(-values[:, candidates].var(0), kind="stable")[:genes]])
+    candidates = np.argsort(-of.mean, kind="stable")[:among]
+    return np.sort(candidates[np.argsort(-of.variance[candidates], kind="stable")[:genes]])
 
 
-def top_binned(values: Floats, genes: int = 250, bins: int = 20) -> Columns:
-    """Rule `binned`: the columns of highest dispersion (variance / mean), as z-score within bins of equal numbers of
-    genes of like mean; genes never seen are left out; ascending."""
-    mean, variance = values.mean(0), values.var(0)
-    seen = np.flatnonzero(mean > 0)
-    seen = seen[np.argsort(mean[seen], kind="stable")]
-    score = np.full(len(mean), -np.inf)
-    for members in np.array_split(seen, bins):
-        dispersion = np.log(variance[members] / mean[members] + 1e-12)
-        if len(members) and dispersion.std() > 0:
+def top_binned(of: Moments, genes: int = 250, bins: int = 20, least_seen: float = 0.1) -> Columns:
+    """Rule `binned`: the columns of highest log dispersion (variance / mean), as z-score within bins of like mean.
+
+    The bins hold equal numbers of genes. Genes seen in less than a tenth of the profiles take no part: their dispersion
+    is that of a handful of molecules. Ascending.
+    """
+    candidates = np.flatnonzero(of.seen >= least_seen)
+    candidates = candidates[np.argsort(of.mean[candidates], kind="stable")]
+    score = np.full(len(of.mean), -np.inf)
+    for members in np.array_split(candidates, bins):
+        dispersion = np.log(of.variance[members] / of.mean[members])
+        if len(members) > 1 and dispersion.std() > 0:
             score[members] = (dispersion - dispersion.mean()) / dispersion.std()
     chosen = np.argsort(-score, kind="stable")[:genes]
     return np.sort(chosen[np.isfinite(score[chosen])])
