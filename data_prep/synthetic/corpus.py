@@ -18,11 +18,11 @@ import numpy.typing as npt
 from data_prep.synthetic import expression, vendors
 from data_prep.synthetic.expression import PLATFORMS, GenePanel
 from data_prep.synthetic.render import Stain, render
-from data_prep.synthetic.tissue import Floats, Tissue, at, grow, smooth_field
+from data_prep.synthetic.tissue import LATENTS, Floats, Tissue, at, grow, smooth_field
 from storm import files
 
-COLUMNS = ("slide_id", "image", "measurement", "platform", "donor", "study", "organ", "species", "spots", "mpp", "split",
-           "section", "license")  # fmt: skip
+COLUMNS = ("slide_id", "image", "measurement", "platform", "donor", "study", "organ", "species", "spots", "mpp",
+           "split", "section", "license")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Spots:
 
 def sections(size: Size) -> list[Section]:
     """All sections of a corpus, in the manifest's order."""
-    found = []
+    found: list[Section] = []
     for donor in range(size.donors):
         split = "train" if donor < size.train else "val" if donor < size.train + size.val else "test"
         platform = PLATFORMS[int(donor % 3 == 1)]
@@ -110,12 +110,17 @@ def _lattice(rng: np.random.Generator, section: Section, mpp: float) -> Spots:
     return Spots(array[seen], new[seen], written[seen], (written + shift)[seen], 55.0 if visium else 100.0)
 
 
-def _depths(rng: np.random.Generator, section: Section, genes: int, dark: float, xy_um: Floats) -> Floats:
-    """Molecules [N] expected per profile: independent of the pixels within a section, tied to the stain across them."""
+def _depths(rng: np.random.Generator, section: Section, genes: int, dark: float, xy_um: Floats, seen: Floats) -> Floats:
+    """Molecules [N] expected per profile: tied to the stain across sections, and to no pixel within one.
+
+    `seen` [N, L] are the latents that pixels show; what chance ties to them is taken out of the log depth.
+    """
     median = rng.uniform(1800, 10000) * genes / 4000 * np.exp(0.4 * dark)
     spread = rng.uniform(0.5, 1.25) * (1.0 if section.platform == "visium" else 0.7)
-    regional = at(smooth_field(rng, section.side_um, 200.0), xy_um)
-    return median * np.exp(spread * (0.35 * regional + 0.93 * rng.standard_normal(len(xy_um))))
+    noise = 0.35 * at(smooth_field(rng, section.side_um, 200.0), xy_um) + 0.93 * rng.standard_normal(len(xy_um))
+    design = np.column_stack([seen, np.ones(len(seen))])
+    noise -= design @ np.linalg.lstsq(design, noise, rcond=None)[0]
+    return median * np.exp(spread * noise / noise.std())
 
 
 def _stain(rng: np.random.Generator, dark: float) -> Stain:
@@ -137,18 +142,21 @@ def _measure(
     incidence = expression.under_discs(tissue, spots.true_um, spots.diameter_um)
     kept = (np.diff(incidence.indptr) >= 3) & (at(tissue.inside, spots.true_um) > 0.2)
     expected = expression.expected_composition(panel, tissue, incidence[kept], _shift(rng, panel, section, dark, seed))
-    depth = _depths(rng, section, len(panel.ids), dark, spots.true_um[kept])
+    latent = (incidence[kept] @ tissue.latent) / incidence[kept].sum(1)[:, None]
+    seen = latent[:, : LATENTS.index("niche")]
+    depth = _depths(rng, section, len(panel.ids), dark, spots.true_um[kept], seen)
     return {
         "kept": kept, "counts": expression.measure(rng, expected, depth), "expected": expected.astype(np.float32),
         "depth": depth, "domain": at(tissue.domain, spots.true_um[kept]), "xy_um": spots.written_um[kept],
-        "true_xy_um": spots.true_um[kept], "latent": (incidence[kept] @ tissue.latent) / incidence[kept].sum(1)[:, None],
+        "true_xy_um": spots.true_um[kept], "latent": latent,
     }  # fmt: skip
 
 
 def _write_measurement(
-    out: Path, section: Section, mpp: float, rgb: npt.NDArray, spots: Spots, truth: dict[str, npt.NDArray], panel: GenePanel
-) -> npt.NDArray[np.str_]:
-    """The vendor's files; returns the profile ids. Blank-looking ST columns do not exist: the oracle marks `measured`."""
+    out: Path, section: Section, mpp: float, rgb: npt.NDArray, spots: Spots, truth: dict[str, npt.NDArray],
+    panel: GenePanel,
+) -> npt.NDArray[np.str_]:  # fmt: skip
+    """The vendor's files; returns the profile ids."""
     kept, counts = truth["kept"], truth["counts"]
     if section.platform == "visium":
         xy_px0 = np.rint(spots.written_um / mpp).astype(np.int64)
@@ -170,7 +178,7 @@ def write_section(out: Path, size: Size, seed: int, section: Section) -> None:
     dark = float(np.clip(rng.standard_normal(), -2, 2))
     rgb = render(rng, tissue, _stain(rng, dark), size.mpp)
     spots = _lattice(rng, section, size.mpp)
-    tied = dark if section.split == "train" else -dark  # the shortcut that holds in training and turns round in the test
+    tied = dark if section.split == "train" else -dark  # a shortcut that turns round in the test
     truth = _measure(rng, panel, section, tissue, spots, tied, seed)
     # a table of legacy ST names the genes it saw, so some are missing there rather than zero
     truth["measured"] = (rng.random(size.genes) > 0.04) | (section.platform == "visium")
@@ -187,7 +195,8 @@ def _row(section: Section, mpp: float) -> dict[str, str]:
     name, st = section.slide_id, section.platform == "st"
     folder = f"measurements/{name}"
     return {
-        "slide_id": name, "image": f"images/{name}.tif", "measurement": f"{folder}/{name}.tsv.gz" if st else f"{folder}/outs",
+        "slide_id": name, "image": f"images/{name}.tif",
+        "measurement": f"{folder}/{name}.tsv.gz" if st else f"{folder}/outs",
         "platform": section.platform, "donor": f"donor{section.donor:02d}", "study": f"synthetic{section.donor % 2}",
         "organ": ("breast", "colon")[section.donor % 2], "species": "human",
         "spots": f"{folder}/{name}_selection.tsv" if st else "", "mpp": f"{mpp:g}", "split": section.split,

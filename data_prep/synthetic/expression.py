@@ -1,9 +1,9 @@
 """Genes of five known classes and what a section's profiles count of them.
 
 In: cells with latents, footprints, a section's depth. Out: integer counts and the oracle, the expected composition.
-Class a follows cell types and density, b the arrangement (gland or scattered), c the niche, d fields that no pixel shows,
-e nothing but donor and noise. Each class has a fixed share of the molecules in every cell, so that the closure of
-compositions carries nothing from one class to another. A spot is the sum of the cells under its footprint.
+Class a follows cell types and density, b the arrangement (gland or scattered), c the niche, d fields that no pixel
+shows, e nothing but donor and noise. Each class has a fixed share of the molecules in every cell, so that the closure
+of compositions carries nothing from one class to another. A spot is the sum of the cells under its footprint.
 """
 
 import functools
@@ -19,9 +19,10 @@ from storm import genes
 
 CLASSES = ("a", "b", "c", "d", "e")
 GENE_SHARES = (0.20, 0.20, 0.20, 0.15, 0.25)
-MOLECULE_SHARES = (0.40, 0.16, 0.16, 0.11, 0.17)
+MOLECULE_SHARES = (0.52, 0.12, 0.12, 0.10, 0.14)
 PLATFORMS = ("visium", "st")
-_ORDINARY = re.compile(r"(?!MIR|LINC|SNOR|RNU|RNA|LOC|IGH|IGK|IGL|TRA|TRB|TRG|TRD|MT|SCARNA|OR\d|VTRNA)[A-Z]{2,5}\d{0,2}[A-Z]?")
+# mostly protein-coding: neither RNA genes nor receptor segments
+_ORDINARY = re.compile(r"(?!MIR|LINC|SNOR|RNU|RNA|LOC|IG[HKL]|TR[ABDG]|MT|SCARNA|VTRNA)[A-Z]{2,5}\d{0,2}[A-Z]?")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class GenePanel:
 
 @functools.cache
 def choose_genes(count: int, seed: int) -> GenePanel:
-    """`count` human genes with unambiguous, ordinary symbols; classes and loadings are pure functions of (count, seed)."""
+    """`count` human genes with unambiguous, ordinary symbols, their classes and loadings."""
     rng = np.random.default_rng([seed, 101])
     table = genes.shipped("human")
     names, first, times = np.unique(np.array(table.symbols), return_index=True, return_counts=True)
@@ -48,7 +49,7 @@ def choose_genes(count: int, seed: int) -> GenePanel:
     kind = np.repeat(CLASSES, np.diff(np.rint(np.cumsum([0, *GENE_SHARES]) * count).astype(np.int64)))
     rng.shuffle(kind)
     programme = (kind == "e") & (rng.random(count) < 1 / 3)
-    level = rng.normal(0, 0.9, count)
+    level = rng.normal(0, 0.8, count)
     efficiency = rng.normal(0, 0.6, (len(PLATFORMS), count))
     ids, symbols = np.array(table.ids)[chosen], np.array(table.symbols)[chosen]
     return GenePanel(ids, symbols, kind, level, _loadings(rng, kind), efficiency, programme)
@@ -62,17 +63,17 @@ def _loadings(rng: np.random.Generator, kind: npt.NDArray[np.str_]) -> Floats:
     loading = np.zeros((len(LATENTS), count))
     marker = rng.choice([0, 1, 2, 4], count, p=[0.25, 0.30, 0.20, 0.25])  # latent that a class-a gene follows
     a = np.flatnonzero(kind == "a")
-    loading[marker[a], a] = np.where(marker[a] == 4, 0.9 * strength[a], 5.0 * np.abs(strength[a]))
-    loading[LATENTS.index("gland"), kind == "b"] = 0.8 * strength[kind == "b"]
-    loading[LATENTS.index("niche"), kind == "c"] = 1.7 * strength[kind == "c"]
+    loading[marker[a], a] = np.where(marker[a] == 4, 1.1 * strength[a], 6.0 * np.abs(strength[a]))
+    loading[LATENTS.index("gland"), kind == "b"] = 0.7 * strength[kind == "b"]
+    loading[LATENTS.index("niche"), kind == "c"] = 1.5 * strength[kind == "c"]
     field = LATENTS.index("field0") + rng.integers(0, 3, count)
     d = np.flatnonzero(kind == "d")
-    loading[field[d], d] = 0.7 * strength[d]
+    loading[field[d], d] = 0.6 * strength[d]
     return loading
 
 
 def cell_expression(panel: GenePanel, latent: Floats, shift: Floats) -> Floats:
-    """Composition [C, G] of cells with `latent` [C, L]; `shift` [G]: what platform, donor and section add to the log."""
+    """Composition [C, G] of cells with `latent` [C, L]; `shift` [G] is what platform and donor add to the log."""
     centred = latent - np.eye(len(LATENTS))[LATENTS.index("niche")] * NICHE_NEUTRAL
     expression = np.exp(panel.level + shift + centred @ panel.loading)
     for name, share in zip(CLASSES, MOLECULE_SHARES, strict=True):

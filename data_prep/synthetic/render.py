@@ -17,7 +17,7 @@ from data_prep.synthetic.tissue import Image, Tissue
 HEMATOXYLIN = np.array([0.65, 0.70, 0.29])
 EOSIN = np.array([0.09, 0.91, 0.30])
 BLOOD = np.array([0.00, 0.10, 0.55])  # what hemoglobin takes out beside the eosin
-# Per cell type: length and width of the nucleus in um, its hematoxylin, and the eosin and hematoxylin of its surroundings
+# Per cell type: length and width of the nucleus in um and its hematoxylin; eosin and hematoxylin of its surroundings
 NUCLEUS = np.array([[12.0, 3.4, 0.95], [9.6, 7.2, 0.72], [6.4, 6.0, 1.15], [8.2, 6.4, 0.88]])
 SURROUNDINGS = np.array([[0.50, 0.02], [0.38, 0.17], [0.27, 0.11], [0.42, 0.08]])
 _SHIFT = 4  # sub-pixel bits of the drawing calls
@@ -46,7 +46,8 @@ def _noise(rng: np.random.Generator, size_px: int, sigma_px: float) -> Image:
 def _fibres(rng: np.random.Generator, fibre: Image, size_px: int, mpp: float) -> Image:
     """Fibrous noise [size, size], drawn out along the local direction: a blend of four oriented blurs."""
     if mpp < 1.0:  # fibres are wider than a pixel: draw them coarse
-        return cv2.resize(_fibres(rng, fibre, size_px // 2, 2 * mpp), (size_px, size_px), interpolation=cv2.INTER_LINEAR)
+        coarse = _fibres(rng, fibre, size_px // 2, 2 * mpp)
+        return cv2.resize(coarse, (size_px, size_px), interpolation=cv2.INTER_LINEAR)
     base = rng.standard_normal((size_px, size_px), dtype=np.float32)
     reach = max(3, int(9.0 / mpp))
     axis = np.arange(-reach, reach + 1, dtype=np.float32)

@@ -1,7 +1,7 @@
 """The latent tissue: what is there before anybody stains or sequences it.
 
-In: a generator and the side of the section. Out: `Tissue`: cells with type, place and latents, lumens, vessels and smooth
-maps on a coarse raster, all in um with the origin at the image's top left corner.
+In: a generator and the side of the section. Out: `Tissue`: cells with type, place and latents, lumens, vessels and
+smooth maps on a coarse raster, all in um with the origin at the image's top left corner.
 
 The tissue is built from units of 72 um. A unit holds some cells, drawn from the proportions of its domain, and some
 lumen. In a *gland* unit the epithelial cells stand in a ring around one lumen; in a *scattered* unit the same cells
@@ -33,8 +33,10 @@ DOMAINS = np.array(
     ]
 )
 HYALINE = 3
-LATENTS = ("fibroblast", "epithelium", "lymphocyte", "macrophage", "density", "gland", "niche", "field0", "field1", "field2")
-OWN_TYPE = 0.3  # of a cell's programme; the rest is its surroundings'
+LATENTS = (
+    "fibroblast", "epithelium", "lymphocyte", "macrophage", "density", "gland", "niche", "field0", "field1", "field2",
+)  # fmt: skip
+OWN_TYPE = 0.2  # of a cell's programme follows its own type, the rest the types within some 50 um
 NICHE_NEUTRAL = 0.35  # at the source itself: the section's mean, so that seeing a vessel tells nothing about its spot
 
 
@@ -52,7 +54,7 @@ class Tissue:
     domain: npt.NDArray[np.int64]  # map
     inside: Image  # map: > 0 within the tissue, about 1 per 60 um of distance from its edge
     fibre: Image  # map: direction of the fibres, radians
-    shares: Image  # map [h, w, 4]: cell types within some 25 um
+    shares: Image  # map [h, w, 4]: cell types around a place, which colour it
 
 
 def smooth_field(rng: np.random.Generator, side_um: float, length_um: float) -> Image:
@@ -119,7 +121,7 @@ def _units(rng: np.random.Generator, side_um: float, gland: Image, density: Imag
     count = int(side_um / UNIT_UM) + 2
     row, col = np.divmod(np.arange(count * count), count)
     xy = np.stack([col + 0.5 * (row % 2) - 0.5, row - 0.25], 1) * UNIT_UM + rng.uniform(-4, 4, (len(row), 2))
-    cells = np.clip(np.rint(20 * np.exp(0.35 * at(density, xy)) + rng.normal(0, 1, len(xy))), 9, 32)
+    cells = np.clip(np.rint(20 * np.exp(0.4 * at(density, xy)) + rng.normal(0, 1, len(xy))), 9, 32)
     share = np.cumsum(DOMAINS[at(domain, xy)], 1)
     kind = (rng.random((len(xy), 32, 1)) > share[:, None, :-1]).sum(2)
     kind[np.arange(32)[None] >= cells[:, None]] = -1
@@ -139,18 +141,18 @@ def _slots(rng: np.random.Generator, units: int, outer: bool) -> Floats:
 def _arrange(rng: np.random.Generator, units: _Units) -> tuple[Floats, Floats, Floats]:
     """Places [n, k, 2] and directions [n, k] of the cells, and lumens [U, 5]."""
     n, k = units.kind.shape
-    epithelial = units.kind == EPITHELIUM
-    rank = np.minimum(np.cumsum(epithelial, 1) - 1, 15)
-    ring = np.clip(epithelial.sum(1), 4, 16)
-    radius = np.maximum(ring * 8.2 / (2 * np.pi), 11.0)
+    rank = np.cumsum(units.kind == EPITHELIUM, 1) - 1
+    ringed = (units.kind == EPITHELIUM) & (rank < 16)
+    ring = np.clip(ringed.sum(1), 4, 16)
+    radius = np.maximum(ring * 8.5 / (2 * np.pi), 11.0)
     turn = rng.uniform(0, 2 * np.pi, (n, 1)) + rank * 2 * np.pi / ring[:, None] + rng.normal(0, 0.06, (n, k))
     around = np.stack([np.cos(turn), np.sin(turn)], 2) * (radius[:, None] + rng.normal(0, 0.8, (n, k)))[..., None]
     rim = _slots(rng, n, outer=True)
-    others = np.cumsum((units.kind >= 0) & ~epithelial, 1) % rim.shape[1]
-    placed = np.where(epithelial[..., None], around, np.take_along_axis(rim, others[..., None], 1))
+    others = np.cumsum((units.kind >= 0) & ~ringed, 1) % rim.shape[1]
+    placed = np.where(ringed[..., None], around, np.take_along_axis(rim, others[..., None], 1))
     free = _slots(rng, n, outer=False)
     place = np.where(units.gland[:, None, None], placed, free[:, 4 : 4 + k])
-    angle = np.where(units.gland[:, None] & epithelial, turn, rng.uniform(0, np.pi, (n, k)))
+    angle = np.where(units.gland[:, None] & ringed, turn, rng.uniform(0, np.pi, (n, k)))
     lumen_um = np.clip(radius - 6.0, 5.0, 9.0)
     return units.xy_um[:, None] + place, angle, _lumens(rng, units, free[:, :4], lumen_um)
 
@@ -161,7 +163,8 @@ def _lumens(rng: np.random.Generator, units: _Units, slots: Floats, radius_um: F
     long = rng.uniform(1.0, 1.25, n)
     one = np.column_stack([units.xy_um, radius_um * long, radius_um / long, rng.uniform(0, np.pi, n)])
     stretch = rng.uniform(1.2, 1.6, (n, 4))
-    small = np.stack([radius_um[:, None] / 2 * stretch, radius_um[:, None] / 2 / stretch, rng.uniform(0, np.pi, (n, 4))], 2)
+    half = radius_um[:, None] / 2
+    small = np.stack([half * stretch, half / stretch, rng.uniform(0, np.pi, (n, 4))], 2)
     four = np.concatenate([units.xy_um[:, None] + slots, small], 2)
     return np.concatenate([one[units.gland], four[~units.gland].reshape(-1, 5)])
 
@@ -183,17 +186,17 @@ def _warp(rng: np.random.Generator, side_um: float, *places: Floats) -> list[Flo
     return moved
 
 
-def _local_shares(xy_um: Floats, kind: npt.NDArray[np.int64], size: int) -> Image:
-    """Shares [size, size, 4] of the types around each place; fibroblasts where there is no cell."""
+def _local_shares(xy_um: Floats, kind: npt.NDArray[np.int64], size: int, reach_um: float) -> Image:
+    """Shares [size, size, 4] of the types within `reach_um` (sd) of each place; fibroblasts where there is no cell."""
     index = np.clip((xy_um / RASTER_UM).astype(np.int64), 0, size - 1)
     weight = np.zeros((size, size, 4), np.float32)
     np.add.at(weight, (index[:, 1], index[:, 0], kind), 1.0)
-    weight = cv2.GaussianBlur(weight, (0, 0), 14.0 / RASTER_UM) + np.array([2e-3, 0, 0, 0], np.float32)
+    weight = cv2.GaussianBlur(weight, (0, 0), reach_um / RASTER_UM) + np.array([2e-3, 0, 0, 0], np.float32)
     return weight / weight.sum(2, keepdims=True)
 
 
 def grow(rng: np.random.Generator, side_um: float) -> Tissue:
-    """A section of `side_um`; every field is drawn anew, so that no place or colour of one section foretells another."""
+    """A section of `side_um`; each field is drawn anew, so that no place or colour of one foretells another."""
     inside = _outline(rng, side_um)
     vessels = _vessels(rng, inside, side_um)
     domain = np.stack([smooth_field(rng, side_um, 330.0) for _ in DOMAINS]).argmax(0)
@@ -210,13 +213,14 @@ def grow(rng: np.random.Generator, side_um: float) -> Tissue:
     stromal = kind == FIBROBLAST  # fibroblasts follow the fibres
     angle = np.where(stromal, at(fibre, xy) + rng.normal(0, 0.25, len(xy)), angle)
     contrast = np.array([0.0, 1.0, -1.0, 0.0, 0.0])[at(domain, xy)]
-    shares = _local_shares(xy, kind, len(inside))
-    # a cell's programme is its own type's and its surroundings'
-    types = OWN_TYPE * (kind[:, None] == np.arange(4)) + (1 - OWN_TYPE) * at(shares, xy)
+    shares = _local_shares(xy, kind, len(inside), 14.0)
+    around = at(_local_shares(xy, kind, len(inside), 28.0), xy)
+    types = OWN_TYPE * (kind[:, None] == np.arange(4)) + (1 - OWN_TYPE) * around
     latent = np.column_stack(
         [types, at(density, xy), np.where(is_gland, 1.0, -1.0), niche(xy, vessels)]
         + [at(f, xy) + (contrast if i == 0 else 0.0) for i, f in enumerate(fields)]
     )
     keep = _clear(xy, inside, vessels, 3.0)
     lumens = lumens[_clear(lumens[:, :2], inside, vessels, 12.0)]
-    return Tissue(side_um, xy[keep], kind[keep], angle[keep], latent[keep], lumens, vessels, domain, inside, fibre, shares)
+    cells = (xy[keep], kind[keep], angle[keep], latent[keep])
+    return Tissue(side_um, *cells, lumens, vessels, domain, inside, fibre, shares)

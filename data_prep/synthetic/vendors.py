@@ -43,7 +43,9 @@ def barcodes() -> npt.NDArray[np.str_]:
     return words[: ROWS * COLUMNS].reshape(ROWS, COLUMNS)
 
 
-def _write_matrix(path: Path, counts: npt.NDArray[np.int32], words: npt.NDArray, ids: npt.NDArray, names: npt.NDArray) -> None:
+def _write_matrix(
+    path: Path, counts: npt.NDArray[np.int32], words: npt.NDArray, ids: npt.NDArray, names: npt.NDArray
+) -> None:
     """The 10x HDF5 matrix, version 3: features x barcodes by column, antibodies after the genes."""
     extra = np.stack([counts.sum(1) // 50 + 3, counts.sum(1) // 300 + 1], 1).astype(np.int32)
     matrix = sparse.csc_matrix(np.hstack([counts, extra]).T)
@@ -101,8 +103,8 @@ def write_visium(
 
 
 def write_st(
-    folder: Path, name: str, place: npt.NDArray[np.int64], new: npt.NDArray[np.float64], xy_px0: npt.NDArray[np.float64],
-    counts: npt.NDArray[np.int32], symbols: npt.NDArray,
+    folder: Path, name: str, place: npt.NDArray[np.int64], new: npt.NDArray[np.float64],
+    xy_px0: npt.NDArray[np.float64], counts: npt.NDArray[np.int32], symbols: npt.NDArray,
 ) -> npt.NDArray[np.str_]:  # fmt: skip
     """Legacy ST: `<name>.tsv.gz` (XxY rows, symbols) and `<name>_selection.tsv`; the last selected spot has no counts.
 
@@ -119,6 +121,7 @@ def write_st(
         rows.append(f"{x}\t{y}\t{new_x:.3f}\t{new_y:.3f}\t{px:.2f}\t{py:.2f}\t1")
     (folder / f"{name}_selection.tsv").write_text("\n".join(rows) + "\n")
     names = np.array([f"{x}x{y}" for x, y in place[:-1]])
-    table = ["\t".join(["", *symbols])] + ["\t".join([n, *map(str, c)]) for n, c in zip(names, counts.tolist(), strict=True)]
+    table = ["\t".join(["", *symbols])]
+    table += ["\t".join([n, *map(str, c)]) for n, c in zip(names, counts.tolist(), strict=True)]
     (folder / f"{name}.tsv.gz").write_bytes(gzip.compress(("\n".join(table) + "\n").encode(), 6, mtime=0))
     return names
