@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from storm.config import PrepConfig
 
-MPP_RANGE = (0.05, 2.0)  # outside it a tag is junk (72 dpi, 1 px per cm), a manifest's value a slip
+EMBEDDED_MPP = (0.05, 2.0)  # outside it a tag is junk: 72 dpi, 1 px per cm
 Matrix = npt.NDArray[np.float64]
 
 
@@ -70,7 +70,8 @@ def choose_mpp(told: dict[str, float | None], config: PrepConfig) -> Mpp:
     Raises:
         ValueError: none is known, or another source differs by more than `mpp_refuse` and the manifest is silent.
     """
-    usable = {s: v for s, v in told.items() if v is not None and (s == "manifest" or MPP_RANGE[0] <= v <= MPP_RANGE[1])}
+    low, high = EMBEDDED_MPP
+    usable = {s: v for s, v in told.items() if v is not None and (s != "embedded" or low <= v <= high)}
     source = next((s for s in ("manifest", "lattice", "embedded") if s in usable), None)
     notes = [f"mpp {v:.4g} told by {s} is not believable and ignored" for s, v in told.items() if v and s not in usable]
     if source is None:

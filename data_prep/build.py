@@ -92,12 +92,12 @@ def _tiles(
         ValueError: more than `max_failed_tiles` do not decode.
     """
     summary = quality.Summary()
-    failed: list[str] = []
+    failed: dict[tuple[int, int], str] = {}
     for row, col in places:
         try:
             pixels = slide.read(*grid.box(row, col), config.tile_px)
         except slides.DecodeError as error:
-            failed.append(str(error))
+            failed[row, col] = str(error)
             continue
         share = float(np.nan_to_num(tissue[row, col], nan=quality.tissue_mask(pixels).mean()))
         summary.add(pixels, share)
@@ -107,9 +107,13 @@ def _tiles(
     if len(failed) > config.max_failed_tiles * len(places):
         raise ValueError(
             f"{len(failed)} of {len(places)} tiles do not decode (max_failed_tiles {config.max_failed_tiles}): "
-            f"{failed[0]}; restore the slide"
+            f"{next(iter(failed.values()))}; restore the slide"
         )
-    facts.update(summary.facts() | {"tiles": len(places) - len(failed), "failed_tiles": len(failed)})
+    facts.update(summary.facts() | {"tiles": len(places) - len(failed), "failed_tiles": [list(p) for p in failed]})
+    if failed:
+        facts["notes"].append(f"{len(failed)} tiles do not decode and are left out")
+    if not summary.tissue:
+        facts["notes"].append("no tile holds tissue or is read by a profile")
 
 
 def build_slide(row: ManifestRow, store_dir: Path, config: PrepConfig, mark: str = "") -> Path:
@@ -124,10 +128,7 @@ def build_slide(row: ManifestRow, store_dir: Path, config: PrepConfig, mark: str
         if row.measurement is None:
             raise ValueError(f"slide {row.slide_id}: platform {row.platform} needs a measurement; give its path")
         measured = platforms.reader(row.platform).read(row.measurement, row.spots)
-    try:
-        placed = place(row, slide, measured, config)
-    except np.linalg.LinAlgError as error:
-        raise ValueError(f"{row.measurement}: the lattice fit failed ({error}); give mpp in the manifest") from error
+    placed = place(row, slide, measured, config)
     mpp = placed.mpp.value
     if mpp > config.tile_mpp * config.max_upsampling:
         raise ValueError(f"{row.image}: {mpp:.2f} um per pixel is too coarse for tiles of {config.tile_mpp} um per px; "

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.align import MPP_RANGE
 from data_prep.platforms import READERS
 from storm import files, schema
 from storm.presets import nearest
@@ -24,6 +23,7 @@ REQUIRED = ("slide_id", "image", "measurement", "platform", "donor", "study", "o
 OPTIONAL = ("spots", "mpp", "alignment", "split", "section", "assume_aligned", "license", "use_terms")
 SPECIES = ("human", "mouse")
 IMAGE_ONLY = "image"
+MPP_RANGE = (0.02, 20.0)  # outside it a value is a slip of the pen
 
 
 @dataclass(frozen=True)

@@ -31,26 +31,32 @@ class Placed:
 
 
 def place(row: ManifestRow, slide: slides.Slide, measured: Measurement | None, config: PrepConfig) -> Placed:
-    """The slide's mpp and the map from the measurement's pixels to level 0."""
+    """The slide's mpp and the map from the measurement's pixels to level 0.
+
+    Raises:
+        ValueError: the mpp is unknown, its sources disagree, or the spots do not lie on their lattice.
+    """
     matrix = align.read_matrix(row.alignment) if row.alignment else np.eye(3)
+    source = "file" if row.alignment else "measured on this image"
     told: dict[str, float | None] = {"manifest": row.mpp, "lattice": None, "embedded": slide.embedded_mpp}
     facts: dict[str, Any] = {}
     notes: list[str] = []
     residual = None
-    if measured and measured.lattice_um is not None and measured.lattice_px0 is not None:
-        fit = align.fit_lattice(measured.lattice_um, align.apply(matrix, measured.lattice_px0))
-        residual = fit.residual_px0
-        facts["lattice"] = {"mpp": fit.mpp, "residual_px0": fit.residual_px0, "anisotropy": fit.anisotropy}
-        if fault := align.lattice_fault(fit, row.platform, config):
-            if row.mpp is None:
-                raise ValueError(f"{row.measurement}: {fault}; check the spots, or give mpp in the manifest")
-            notes.append(fault)
-        else:
-            told["lattice"] = fit.mpp
-        scale = np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
-        told["scalefactors"] = measured.reported_mpp / scale if measured.reported_mpp else None
-    mpp = align.choose_mpp(told, config)
-    source = "file" if row.alignment else "measured on this image"
+    try:
+        if measured and measured.lattice_um is not None and measured.lattice_px0 is not None:
+            fit = align.fit_lattice(measured.lattice_um, align.apply(matrix, measured.lattice_px0))
+            residual = fit.residual_px0
+            facts["lattice"] = {"mpp": fit.mpp, "residual_px0": fit.residual_px0, "anisotropy": fit.anisotropy}
+            fault = align.lattice_fault(fit, row.platform, config)
+            if fault and row.mpp is None:
+                raise ValueError(f"{fault}; check the spots, or give mpp in the manifest")
+            notes += [fault] if fault else []
+            told["lattice"] = None if fault else fit.mpp
+        if measured and measured.reported_mpp:
+            told["scalefactors"] = measured.reported_mpp / float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
+        mpp = align.choose_mpp(told, config)
+    except ValueError as error:
+        raise ValueError(f"{row.measurement or row.image}: {error}") from error
     return Placed(mpp, matrix, source, residual, {**facts, "notes": [*notes, *mpp.notes]})
 
 

@@ -79,7 +79,7 @@ def _resized(pixels: Pixels, out_px: int) -> Pixels:
 def _on_white(image: Image.Image) -> Image.Image:
     """An image without transparency: unscanned areas are transparent black, and must not become black."""
     if image.mode != "RGBA":
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     white = Image.new("RGB", image.size, (255, 255, 255))
     white.paste(image, mask=image.getchannel("A"))
     return white

@@ -102,7 +102,8 @@ def group(
     if len(groups) > 1 and profiles < min_profiles:
         before = sum(bytes_each[i] for i in groups[-2])
         if before + size <= max_bytes:
-            groups[-2] += groups.pop()
+            last = groups.pop()
+            groups[-1] += last
     return groups
 
 

@@ -1,0 +1,63 @@
+"""Configs: strict, with the nearest key named; what is dumped is loaded again."""
+
+from pathlib import Path
+
+import pytest
+
+from storm import config
+from storm.config import PrepConfig, RunConfig
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("tile_pxx=1", r"tile_pxx is no key \(nearest: tile_px\)"),
+        ("tile_px=many", "tile_px='many'"),
+        ("tile_px=true", "tile_px=True"),
+        ("tile_px=0", "greater than or equal to 16"),
+        ("tile_px", "write section.key=value"),
+        ("split_by=slide", "'donor' or 'section'"),
+    ],
+)
+def test_faults_of_a_prep_config(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.load(PrepConfig, None, [word])
+
+
+def test_faults_of_a_file_name_it(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("mask: {image_olny: 0.5}\nrun_dir: r\ndata: {shards: s}\n")
+    with pytest.raises(ValueError, match=r"c\.yaml: mask\.image_olny is no key \(nearest: image_only\)"):
+        config.load(RunConfig, path)
+    path.write_text("- 1\n")
+    with pytest.raises(ValueError, match="a config is a mapping"):
+        config.load(PrepConfig, path)
+    with pytest.raises(ValueError, match="no such config file"):
+        config.load(PrepConfig, tmp_path / "absent.yaml")
+
+
+def test_overrides_win_and_exponents_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("run_dir: r\ndata: {shards: s}\noptim: {lr: 3e-4}\n")
+    loaded = config.load(RunConfig, path, ["optim.steps=7", "model.preset=small"])
+    assert (loaded.optim.lr, loaded.optim.steps, loaded.model.image_width) == (3e-4, 7, 384)
+
+
+def test_dump_loads_to_an_equal_config(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    run = config.load(RunConfig, None, ["run_dir=r", "data.shards=s", "model.preset=base", "model.organs=[skin]"])
+    for value in (run, PrepConfig()):
+        path.write_text(config.dump(value))
+        assert config.load(type(value), path) == value
+
+
+def test_shipped_prep_configs_load_and_hold_only_what_differs() -> None:
+    default = PrepConfig().model_dump()
+    assert config.load(PrepConfig, CONFIGS / "prep.yaml") == PrepConfig()
+    tiny = config.load(PrepConfig, CONFIGS / "prep_tiny.yaml")
+    assert tiny.tile_px * tiny.tile_mpp == PrepConfig().tile_px * PrepConfig().tile_mpp
+    text = (CONFIGS / "prep_tiny.yaml").read_text()
+    keys = [line.split(":")[0] for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(tiny.model_dump()[key] != default[key] for key in keys)
