@@ -25,10 +25,17 @@ class Interval:
     high: float
 
 
-def blocks(xy_um: Floats, side_um: float = BLOCK_UM) -> npt.NDArray[np.int64]:
-    """[N] number of the square of `side_um` in which each profile lies; squares without profiles are not counted."""
-    place = np.floor((xy_um - xy_um.min(0)) / side_um).astype(np.int64)
-    return np.unique(place, axis=0, return_inverse=True)[1].reshape(-1)
+def blocks(xy_um: Floats, side_um: float = BLOCK_UM, least: int = 8) -> npt.NDArray[np.int64]:
+    """[N] number of the square in which each profile lies; squares without profiles are not counted.
+
+    The side is halved, up to twice, where a section is so small that fewer than `least` squares would hold profiles.
+    """
+    for side in (side_um, side_um / 2, side_um / 4):
+        place = np.floor((xy_um - xy_um.min(0)) / side).astype(np.int64)
+        number = np.unique(place, axis=0, return_inverse=True)[1].reshape(-1)
+        if number.max() + 1 >= least:
+            break
+    return number
 
 
 def _scaled(values: Floats) -> Floats:

@@ -1,0 +1,197 @@
+"""Protocol 2, H&E -> expression on held-out sections: a model beside its baselines, four targets, intervals.
+
+In: an export, slide stores, and the shard manifest that says who trained. Out: a table (plain values, for JSON).
+
+Pearson within a section per gene, mean over genes, mean over sections; a constant prediction counts as 0. Intervals:
+bootstrap of spatial blocks. What the model is shown: pixels, platform and organ of a section, never a count. Its
+predictions per target:
+
+    lognorm    E[log1p(count / depth * 1e4)] under its negative binomial, at its own predicted depth
+    raw        E[log1p(count)], likewise
+    residual   log1p(1e4 * composition): no depth, measured or predicted, enters
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storm import checkpoints, files, inference
+from storm.evaluate import statistics, targets
+from storm.evaluate.baselines import METHODS, Inputs
+from storm.evaluate.sections import Section, open_section
+from storm.export import Pretrained
+from storm.shards import MANIFEST, ShardSet
+from storm.store import SUFFIX, SlideStore
+
+Floats = npt.NDArray[np.float64]
+PROTOCOL = "2: H&E -> expression, held-out sections"
+MODEL = "STORM (this project), H&E only"
+MODEL_PROBE = "ridge on STORM's embedding"
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The training and test sections of a shard set, over the genes that all of them and the model share."""
+
+    train: list[Section]
+    test: list[Section]
+    stores: dict[str, SlideStore]
+    gene_ids: list[str]
+    split_by: str
+    shards_hash: str
+
+    @property
+    def donors(self) -> int:
+        """Donors among the test sections."""
+        return len({section.donor for section in self.test})
+
+
+def open_cohort(pretrained: Pretrained, store_dir: Path, shards_dir: Path) -> Cohort:
+    """Open the stores that a shard set was packed from, as it split them.
+
+    Raises:
+        ValueError: a store is missing or is not the one that was packed, no test section, no common gene.
+    """
+    manifest = ShardSet(shards_dir).manifest
+    names = {
+        split: [n for n, e in sorted(manifest["slides"].items()) if e["split"] == split] for split in ("train", "test")
+    }
+    if not names["test"]:
+        raise ValueError(
+            f"{shards_dir / MANIFEST}: no slide is in split test; name test donors in the manifest's column split"
+        )
+    stores = {name: _store(store_dir, name, manifest) for name in names["train"] + names["test"]}
+    common = {pretrained.genes.ids[i] for i in np.flatnonzero(pretrained.panel)}
+    for store in stores.values():
+        common &= set(store.genes().ids)
+    if not common:
+        raise ValueError(f"{store_dir}: its slides and the model have no gene in common; they need one species")
+    gene_ids = sorted(common)
+    train, test = ([open_section(stores[name], gene_ids) for name in names[split]] for split in ("train", "test"))
+    return Cohort(train, test, stores, gene_ids, manifest["split_by"], files.sha256_file(shards_dir / MANIFEST))
+
+
+def _store(store_dir: Path, name: str, manifest: Mapping[str, Any]) -> SlideStore:
+    path = store_dir / f"{name}{SUFFIX}"
+    if path.is_file() and files.sha256_file(path) != manifest["slides"][name]["store_sha256"]:
+        raise ValueError(f"{path}: not the store that was packed (sha256); pack again")
+    return SlideStore(path)
+
+
+def inputs(sections: list[Section]) -> Inputs:
+    """The sections end to end, as the baselines see them."""
+    number = np.repeat(np.arange(len(sections)), [len(s.rows) for s in sections])
+    donors = sorted({section.donor for section in sections})
+    fold = np.array([donors.index(section.donor) for section in sections])[number] if len(donors) > 1 else number
+    joined = {name: np.concatenate([getattr(s, name) for s in sections]) for name in ("colour", "around", "log_depth")}
+    return Inputs(**joined, section=number, fold=fold)
+
+
+def model_predictions(pretrained: Pretrained, cohort: Cohort, gene_ids: list[str]) -> dict[str, list[Floats]]:
+    """Target -> prediction [N, K] of each test section, from pixels alone."""
+    genes = np.array([pretrained.genes.index[gene_id] for gene_id in gene_ids], dtype=np.int64)
+    found: dict[str, list[Floats]] = {name: [] for name in targets.TARGETS}
+    for section in cohort.test:
+        slide = inference.prepare(pretrained, cohort.stores[section.slide_id])
+        asked = inference.predict(pretrained, slide, genes=genes, rows=section.rows)
+        found["lognorm"].append(asked.lognorm().astype(np.float64))
+        found["raw"].append(asked.raw().astype(np.float64))
+        found["residual"].append(np.log1p(targets.SCALE * asked.composition.astype(np.float64)))
+    return found
+
+
+@dataclass(frozen=True)
+class Score:
+    """One method in one column: the mean over genes and sections, its bootstrap replicates [R], and per gene [K]."""
+
+    value: float
+    replicates: Floats
+    genes: Floats
+
+    def json(self) -> dict[str, float]:
+        """Value and 95 % interval."""
+        found = statistics.interval(self.value, self.replicates)
+        return {"value": found.value, "low": found.low, "high": found.high}
+
+
+def score(predicted: list[list[Floats]], measured: list[Floats], sections: list[Section], seed: int) -> Score:
+    """Score predictions [draws][sections] of [N, K]; several draws (of a control) are averaged."""
+    genes, replicates = [], []
+    for draw in predicted:
+        for values, truth, section in zip(draw, measured, sections, strict=True):
+            genes.append(statistics.pearson(values, truth))
+            replicates.append(statistics.bootstrap(values, truth, statistics.blocks(section.xy_um), seed).mean(1))
+    per_gene = np.mean(genes, axis=0)
+    return Score(float(per_gene.mean()), np.mean(replicates, axis=0), per_gene)
+
+
+def baseline_scores(cohort: Cohort, name: str, columns: npt.NDArray[np.int64], seed: int) -> dict[str, Score]:
+    """Every baseline of METHODS on one target and one choice of genes."""
+    train, test = inputs(cohort.train), inputs(cohort.test)
+    truth = {id(s): targets.target(name, s.counts[:, columns], s.depth) for s in cohort.train + cohort.test}
+    y = np.concatenate([truth[id(section)] for section in cohort.train])
+    measured = [truth[id(section)] for section in cohort.test]
+    ends = np.cumsum([len(section.rows) for section in cohort.test])[:-1]
+    found = {}
+    for i, method in enumerate(METHODS):
+        draws = method.predict(train, y, test, np.random.default_rng([seed, i]))
+        found[method.name] = score([np.split(d, ends) for d in draws], measured, cohort.test, seed)
+    return found
+
+
+def gene_rules(cohort: Cohort) -> dict[str, npt.NDArray[np.int64]]:
+    """Rule -> columns of the genes it chooses on the training sections."""
+    moments = targets.moments([s.counts for s in cohort.train], [s.depth for s in cohort.train])
+    return {"var": targets.top_variance(moments), "binned": targets.top_binned(moments)}
+
+
+def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str, Any]:
+    """The table of protocol 2 as plain values."""
+    rules = gene_rules(cohort)
+    predictions = {
+        rule: model_predictions(pretrained, cohort, [cohort.gene_ids[i] for i in genes])
+        for rule, genes in rules.items()
+    }
+    scores: dict[str, dict[str, Any]] = {}
+    versus: dict[str, dict[str, Any]] = {}
+    for name, rule in targets.COLUMNS:
+        column = f"{name}/{rule}"
+        found = baseline_scores(cohort, name, rules[rule], seed)
+        measured = [targets.target(name, s.counts[:, rules[rule]], s.depth) for s in cohort.test]
+        model = score([predictions[rule][name]], measured, cohort.test, seed)
+        for method, entry in [(MODEL, model), *found.items()]:
+            scores.setdefault(method, {})[column] = entry.json()
+        best = max((m.name for m in METHODS if m.role == "baseline"), key=lambda m: found[m].value)
+        gain = Score(model.value - found[best].value, model.replicates - found[best].replicates, model.genes)
+        versus[column] = {"baseline": best, **gain.json()}
+    roles = {MODEL: "model"} | {method.name: method.role for method in METHODS}
+    return {
+        **provenance(pretrained, cohort, seed),
+        "columns": [f"{name}/{rule}" for name, rule in targets.COLUMNS],
+        "genes": {rule: len(genes) for rule, genes in rules.items()},
+        "methods": [{"name": name, "role": roles[name], "scores": values} for name, values in scores.items()],
+        "versus_best_baseline": versus,
+    }
+
+
+def provenance(pretrained: Pretrained, cohort: Cohort, seed: int) -> dict[str, Any]:
+    """What every figure of this protocol carries with it; counts, never a donor or a slide."""
+    sides = {name: _sizes(sections) for name, sections in (("train", cohort.train), ("test", cohort.test))}
+    return {
+        "protocol": PROTOCOL, "input": "H&E only", "split_by": cohort.split_by, "seed": seed, "data": sides,
+        "shards_sha256": cohort.shards_hash, "model_hash": pretrained.hash,
+        "model_trained_on_these_shards": pretrained.data["shards_hash"] == cohort.shards_hash,
+        "model_code": pretrained.code_version, "code": checkpoints.code_version(),
+        "bootstrap": {"replicates": statistics.REPLICATES, "block_um": statistics.BLOCK_UM},
+    }  # fmt: skip
+
+
+def _sizes(sections: list[Section]) -> dict[str, int]:
+    return {
+        "sections": len(sections), "donors": len({section.donor for section in sections}),
+        "profiles": sum(len(section.rows) for section in sections),
+    }  # fmt: skip
