@@ -148,6 +148,8 @@ def _write(sources: Sequence[Source], folder: Path, config: PrepConfig) -> dict[
         for split in schema.SPLITS
         if split in placed
     }
+    for split, entry in entries.items():
+        assert entry["profiles"] == sum(s.info.facts["profiles"] for s in sources if s.split == split)
     for path in scratch.iterdir():
         path.unlink()
     scratch.rmdir()

@@ -172,10 +172,9 @@ class ShardSet:
         if split not in self.manifest["splits"]:
             raise ValueError(f"{self.folder}: has no split {split!r}; it has {sorted(self.manifest['splits'])}")
         path = self.folder / split / INDEX
-        index = Index.load(path)
-        if files.sha256_file(path) != self.manifest["splits"][split]["index_sha256"]:
+        if path.is_file() and files.sha256_file(path) != self.manifest["splits"][split]["index_sha256"]:
             raise ValueError(f"{path}: not the index that was packed (sha256); pack again")
-        return index
+        return Index.load(path)
 
     def read(self, split: str, index: Index, i: int) -> schema.Group:
         """Group i of a split, verified against its hash.

@@ -201,22 +201,23 @@ class SlideStore:
         self.info = SlideInfo(**attributes)
         self.place: npt.NDArray[np.int32] = self._array("tiles/place")  # [T, 2] (row, col)
         self.tissue: npt.NDArray[np.float32] = self._array("tiles/tissue")  # [T]
-        self._jpeg = self._root["tiles/jpeg"]
         self._offsets = self._array("tiles/offsets")
         self._crc32 = self._array("tiles/crc32")
         # zarr reads whole chunks, and the neighbours of a tile lie in the same one
         self._jpeg_chunk = functools.lru_cache(_CACHED_CHUNKS)(self._read_jpeg_chunk)
         self.tile_index = {(int(r), int(c)): i for i, (r, c) in enumerate(self.place)}
 
-    def _array(self, name: str) -> npt.NDArray:
-        return np.asarray(self._root[name][...])  # type: ignore[index]
+    def _array(self, name: str, span: slice = slice(None)) -> npt.NDArray:
+        try:
+            return np.asarray(self._root[name][span])  # type: ignore[index]
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{self.path}: {name} is damaged ({error}); delete it and run data_prep.build") from error
 
     def __len__(self) -> int:
         return len(self.place)
 
     def _read_jpeg_chunk(self, k: int) -> bytes:
-        span = slice(k * _JPEG_CHUNK_BYTES, (k + 1) * _JPEG_CHUNK_BYTES)
-        return np.asarray(self._jpeg[span]).tobytes()  # type: ignore[index]
+        return self._array("tiles/jpeg", slice(k * _JPEG_CHUNK_BYTES, (k + 1) * _JPEG_CHUNK_BYTES)).tobytes()
 
     def tile_bytes(self, i: int) -> int:
         """Size of tile i's JPEG in bytes."""

@@ -1,0 +1,115 @@
+"""Shards: random access, verified; readable by plain webdataset; rebuilt byte for byte."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from storm import files, schema, shards, store
+
+SPLIT = "train"
+
+
+@pytest.fixture
+def shard_copy(tiny_shards: Path, tmp_path: Path) -> Path:
+    """A shard set that a test may damage."""
+    return Path(shutil.copytree(tiny_shards, tmp_path / "copy"))
+
+
+def tar_of(folder: Path) -> Path:
+    return folder / SPLIT / "000000.tar"
+
+
+def test_every_group_is_read_and_the_counts_are_the_stores(tiny_shards: Path, tiny_store: Path) -> None:
+    opened = shards.ShardSet(tiny_shards)
+    seen: dict[str, list[str]] = {}
+    for split in opened.manifest["splits"]:
+        index = opened.index(split)
+        for i in range(len(index)):
+            group = opened.read(split, index, i)
+            assert (len(group.profiles), len(group.tiles)) == (index.profiles[i], index.tiles[i])
+            seen.setdefault(group.meta.slide, []).extend(group.profiles.ids)
+    stores = {p.name.removesuffix(store.SUFFIX): store.SlideStore(p) for p in store.paths(tiny_store)}
+    assert {s: sorted(ids) for s, ids in seen.items()} == {s: sorted(o.profiles().ids) for s, o in stores.items()}
+
+
+def test_plain_webdataset_reads_the_shards(tiny_shards: Path) -> None:
+    opened = shards.ShardSet(tiny_shards)
+    index = opened.index(SPLIT)
+    samples = list(webdataset.WebDataset(str(tar_of(tiny_shards)), shardshuffle=False).decode("rgb8"))
+    assert [s["__key__"] for s in samples] == index.keys
+    for i, sample in enumerate(samples):
+        group = opened.read(SPLIT, index, i)
+        assert sample["meta.json"]["slide"] == group.meta.slide
+        pixels = [value for name, value in sample.items() if name.endswith(".jpg")]
+        assert len(pixels) == len(group.tiles) > 0
+        assert all(p.shape == (group.meta.tile_px, group.meta.tile_px, 3) for p in pixels)
+        np.testing.assert_array_equal(sample["profiles.npz"]["count"], group.profiles.count)
+
+
+def test_members_carry_no_owner_and_no_time(tiny_shards: Path) -> None:
+    with tarfile.open(tar_of(tiny_shards)) as tar:
+        assert {(m.uid, m.gid, m.uname, m.gname, m.mtime, m.mode) for m in tar} == {(0, 0, "", "", 0, 0o644)}
+
+
+def test_a_rewritten_split_is_byte_identical(tiny_shards: Path, tmp_path: Path) -> None:
+    opened = shards.ShardSet(tiny_shards)
+    index = opened.index(SPLIT)
+    groups = [(index.keys[i], opened.read(SPLIT, index, i)) for i in range(len(index))]
+    entry = shards.write_split(tmp_path / SPLIT, groups, 100_000_000)
+    assert entry == opened.manifest["splits"][SPLIT]
+    assert tar_of(tmp_path).read_bytes() == tar_of(tiny_shards).read_bytes()
+
+
+def test_small_shards_hold_the_same_groups(tiny_shards: Path, tmp_path: Path) -> None:
+    opened = shards.ShardSet(tiny_shards)
+    index = opened.index(SPLIT)
+    groups = [(index.keys[i], opened.read(SPLIT, index, i)) for i in range(len(index))]
+    entry = shards.write_split(tmp_path / SPLIT, groups, 1)
+    assert [s["groups"] for s in entry["shards"]] == [1] * len(groups)
+    assert shards.Index.load(tmp_path / SPLIT / shards.INDEX).hash == index.hash
+
+
+def test_a_truncated_tar_is_named(shard_copy: Path) -> None:
+    data = tar_of(shard_copy).read_bytes()
+    tar_of(shard_copy).write_bytes(data[: len(data) // 2])
+    opened = shards.ShardSet(shard_copy)
+    index = opened.index(SPLIT)
+    last = int(np.argmax(index.offset))
+    with pytest.raises(ValueError, match=rf"000000\.tar: group {index.keys[last]}: truncated"):
+        opened.read(SPLIT, index, last)
+    assert [fault for fault in shards.verify(shard_copy) if "sha256" in fault] == shards.verify(shard_copy) != []
+
+
+def test_a_flipped_byte_is_named(shard_copy: Path) -> None:
+    data = bytearray(tar_of(shard_copy).read_bytes())
+    data[600] ^= 1
+    tar_of(shard_copy).write_bytes(data)
+    opened = shards.ShardSet(shard_copy)
+    index = opened.index(SPLIT)
+    with pytest.raises(ValueError, match="damaged"):
+        opened.read(SPLIT, index, int(np.argmin(index.offset)))
+
+
+def test_missing_and_changed_files_are_named(shard_copy: Path) -> None:
+    opened = shards.ShardSet(shard_copy)
+    assert shards.verify(shard_copy) == []
+    index = opened.index(SPLIT)
+    tar_of(shard_copy).unlink()
+    with pytest.raises(ValueError, match="the shard is missing"):
+        opened.read(SPLIT, index, 0)
+    with pytest.raises(ValueError, match="has no split 'val'"):
+        opened.index("val")
+    files.write_bytes(shard_copy / SPLIT / shards.INDEX, schema.save_arrays({"shard": np.zeros(1)}))
+    with pytest.raises(ValueError, match="not the index that was packed"):
+        opened.index(SPLIT)
+    with (shard_copy / shards.GENES).open("a") as handle:
+        handle.write("X\tx\t0.1\n")
+    with pytest.raises(ValueError, match="not the table that was packed"):
+        shards.ShardSet(shard_copy)
+    (shard_copy / shards.MANIFEST).unlink()
+    with pytest.raises(ValueError, match="no shard manifest"):
+        shards.ShardSet(shard_copy)
