@@ -146,7 +146,7 @@ def _lattice(pretrained: Pretrained, store: SlideStore) -> schema.Profiles:
     )  # fmt: skip
 
 
-def _platform(pretrained: Pretrained, slide: Slide) -> str:
+def platform_told(pretrained: Pretrained, slide: Slide) -> str:
     """A measured slide's own platform where the model was trained on it, else the reference platform."""
     own = slide.store.info.platform
     trained = pretrained.data["platforms"]
@@ -165,7 +165,7 @@ class _Ask:
 def _asks(pretrained: Pretrained, slide: Slide, rows: Rows, use_counts: bool) -> Iterator[_Ask]:
     """The regions that cover `rows`. With counts each region holds all its footprints, because they are its context."""
     tile_um, xy_um = slide.store.info.tile_um, slide.profiles.xy_um
-    extent = regions.extent_for(_platform(pretrained, slide), pretrained.data["spots_side"], tile_um)
+    extent = regions.extent_for(platform_told(pretrained, slide), pretrained.data["spots_side"], tile_um)
     for region in regions.cover(xy_um[rows], tile_um, extent):
         wanted = rows[region.profiles]
         if not use_counts:
@@ -187,7 +187,7 @@ def _group(pretrained: Pretrained, slide: Slide, ask: _Ask) -> schema.Group:
         (0, row - region.row, col - region.col): slide.store.jpeg(slide.store.tile_index[row, col])
         for row, col in regions.region_tiles(region, slide.read, present)
     }
-    platform = _platform(pretrained, slide)
+    platform = platform_told(pretrained, slide)
     meta = schema.GroupMeta(
         info.slide_id, info.section, info.donor, info.study, info.organ, info.species, platform,
         schema.PROFILE_KINDS.get(platform, "spot"), _PANEL, float(pretrained.reference["slide_log_density"]), info.mpp,
@@ -243,24 +243,25 @@ def embed(
     return np.zeros((0, 0), np.float32) if found is None else found
 
 
-def gene_indices(pretrained: Pretrained, genes: list[str] | None) -> Rows:
-    """[K] vocabulary indices of Ensembl ids or symbols; None = the reference panel.
+def gene_indices(pretrained: Pretrained, genes: list[str] | None) -> tuple[Rows, list[str]]:
+    """([K] vocabulary indices of Ensembl ids or symbols, those that the model cannot know); None = the reference panel.
 
     Raises:
-        ValueError: genes that are not in the reference panel; they are named.
+        ValueError: the reference panel holds none of the genes.
     """
     known = np.flatnonzero(pretrained.panel)
     if genes is None:
-        return known
+        return known, []
     by_name: dict[str, int] = {}
     for i in known:
         by_name.setdefault(pretrained.genes.symbols[i], int(i))
     by_name |= {pretrained.genes.ids[i]: int(i) for i in known}
-    unknown = [gene for gene in genes if gene not in by_name]
-    if unknown:
-        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        raise ValueError(f"{len(unknown)} of {len(genes)} genes are not in the model's reference panel: {shown}")
-    return np.array([by_name[gene] for gene in genes], dtype=np.int64)
+    found = list(dict.fromkeys(by_name[gene] for gene in genes if gene in by_name))
+    if not found:
+        raise ValueError(
+            f"none of the {len(genes)} genes (as {genes[0]!r}) is in the model's reference panel; see genes.tsv"
+        )
+    return np.array(found, dtype=np.int64), [gene for gene in genes if gene not in by_name]
 
 
 def predict(

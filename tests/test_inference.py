@@ -109,10 +109,11 @@ def test_without_counts_a_lattice_is_asked(pretrained: export.Pretrained, tmp_pa
 
 
 def test_genes_by_id_or_symbol(pretrained: export.Pretrained) -> None:
-    assert inference.gene_indices(pretrained, ["GENE3", "ENSG00000000005"]).tolist() == [3, 5]
-    assert len(inference.gene_indices(pretrained, None)) == 32
-    with pytest.raises(ValueError, match=r"1 of 2 genes are not in the model's reference panel: GENE35"):
-        inference.gene_indices(pretrained, ["GENE3", "GENE35"])
+    found, unknown = inference.gene_indices(pretrained, ["GENE5", "ENSG00000000003", "GENE35", "ENSG00000000005"])
+    assert (found.tolist(), unknown) == ([5, 3], ["GENE35"])
+    assert len(inference.gene_indices(pretrained, None)[0]) == 32
+    with pytest.raises(ValueError, match=r"none of the 1 genes \(as 'GENE35'\)"):
+        inference.gene_indices(pretrained, ["GENE35"])
 
 
 def test_tiles_of_another_size_and_foreign_genes_are_refused(pretrained: export.Pretrained, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ _EXPRESSION = "Gene Expression"
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """Counts as CSR over barcodes."""
 
     barcodes: list[str]
@@ -79,7 +79,7 @@ def _text(dataset: h5py.Dataset) -> list[str]:
     return [v.decode() if isinstance(v, bytes) else str(v) for v in dataset[...]]
 
 
-def _read_h5(path: Path) -> _Matrix:
+def _read_h5(path: Path) -> Matrix:
     try:
         with h5py.File(path, "r") as root:
             groups = [root["matrix"]] if "matrix" in root else [g for g in root.values() if isinstance(g, h5py.Group)]
@@ -91,7 +91,7 @@ def _read_h5(path: Path) -> _Matrix:
             else:  # Cell Ranger before 3
                 names, symbols = _text(group["genes"]), _text(group["gene_names"])
                 types = [_EXPRESSION] * len(names)
-            return _Matrix(
+            return Matrix(
                 _text(group["barcodes"]), names, symbols, types, group["indptr"][...].astype(np.int64),
                 group["indices"][...].astype(np.int64), whole_counts(group["data"][...], path),
             )  # fmt: skip
@@ -107,7 +107,7 @@ def _lines(path: Path) -> list[list[str]]:
     return [line.split("\t") for line in text.splitlines()]
 
 
-def _read_mex(folder: Path) -> _Matrix:
+def _read_mex(folder: Path) -> Matrix:
     from scipy.io import mmread
     from scipy.sparse import coo_matrix
 
@@ -123,10 +123,20 @@ def _read_mex(folder: Path) -> _Matrix:
     types = [row[2] if len(row) > 2 else _EXPRESSION for row in features]
     names = [row[0] for row in features]
     symbols = [row[1] if len(row) > 1 else row[0] for row in features]
-    return _Matrix(
+    return Matrix(
         barcodes, names, symbols, types, rows.indptr.astype(np.int64), rows.indices.astype(np.int64),
         whole_counts(rows.data, matrix_path),
     )  # fmt: skip
+
+
+def read_matrix(measurement: Path) -> Matrix:
+    """The matrix of an outs folder as it is: every barcode, every feature of every type.
+
+    Raises:
+        ValueError: files are missing or unreadable.
+    """
+    path, _, _ = _locate(measurement, None)
+    return _read_mex(path) if path.is_dir() else _read_h5(path)
 
 
 def read_positions(path: Path) -> dict[str, tuple[bool, int, int, float, float]]:
@@ -168,7 +178,7 @@ def _scale_mpp(path: Path) -> float | None:
     return SCALEFACTOR_SPOT_UM / float(diameter) if diameter else None
 
 
-def _expression(matrix: _Matrix, rows: npt.NDArray[np.int64]) -> _Matrix:
+def _expression(matrix: Matrix, rows: npt.NDArray[np.int64]) -> Matrix:
     """The given barcodes and the gene-expression features alone (antibodies and controls are no genes)."""
     from scipy.sparse import csr_matrix
 
@@ -177,7 +187,7 @@ def _expression(matrix: _Matrix, rows: npt.NDArray[np.int64]) -> _Matrix:
     part = whole[rows][:, np.flatnonzero(keep)]
     names, symbols = ([text for text, k in zip(texts, keep, strict=True) if k]
                       for texts in (matrix.names, matrix.symbols))  # fmt: skip
-    return _Matrix(
+    return Matrix(
         [matrix.barcodes[r] for r in rows], names, symbols, [_EXPRESSION] * len(names), part.indptr.astype(np.int64),
         part.indices.astype(np.int64), part.data,
     )  # fmt: skip
