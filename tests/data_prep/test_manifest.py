@@ -1,0 +1,117 @@
+"""The manifest: every fault named with file, line, column and cure, all at once."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from data_prep import manifest
+from tests.data_prep.vendors import HEADER, write_manifest
+
+GOOD = {"slide_id": "a", "image": "a.tif", "platform": "image"}
+
+
+def faults(path: Path, split_by: str = "donor", root: Path | None = None) -> list[str]:
+    """The lines of the error that a manifest raises."""
+    with pytest.raises(ValueError) as caught:
+        manifest.read(path, root, split_by)
+    return str(caught.value).splitlines()
+
+
+def test_rows_and_defaults(tmp_path: Path) -> None:
+    rows = [
+        GOOD,
+        {"slide_id": "b", "image": "/abs/b.svs", "measurement": "b/outs", "platform": "visium", "mpp": "0.25",
+         "split": "val", "section": "c", "assume_aligned": "True", "license": "CC0-1.0"},
+    ]  # fmt: skip
+    one, other = manifest.read(write_manifest(tmp_path / "m.csv", rows))
+    assert (one.image, one.measurement, one.mpp, one.split, one.section) == (tmp_path / "a.tif", None, None, "", "a")
+    assert (other.image, other.measurement) == (Path("/abs/b.svs"), tmp_path / "b/outs")
+    assert (other.mpp, other.split, other.section, other.assume_aligned) == (0.25, "val", "c", True)
+
+
+def test_root_replaces_the_manifests_folder(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path / "m.csv", [GOOD])
+    assert manifest.read(path, tmp_path / "else")[0].image == tmp_path / "else" / "a.tif"
+
+
+def test_a_parquet_manifest_reads_alike(tmp_path: Path) -> None:
+    row = dict.fromkeys(HEADER) | GOOD | {"donor": "d1", "study": "s1", "organ": "skin", "species": "human"}
+    parquet.write_table(pa.table({k: pa.array([v], pa.string()) for k, v in row.items()}), tmp_path / "m.parquet")
+    assert manifest.read(tmp_path / "m.parquet") == manifest.read(write_manifest(tmp_path / "m.csv", [GOOD]))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"slide_id": "a.b"}, "line 2, column slide_id: slide_id 'a.b': use 1 to 64"),
+        ({"slide_id": ""}, "line 2, column slide_id: is blank"),
+        ({"donor": ""}, "line 2, column donor: is blank; name the person"),
+        ({"image": ""}, "line 2, column image: is blank"),
+        ({"image": "../x.tif"}, "line 2, column image: '../x.tif' leaves its root"),
+        ({"platform": "visum"}, "line 2, column platform: 'visum' is unknown (nearest: visium)"),
+        ({"platform": "xenium"}, "column platform: xenium is not yet readable; readable are st, visium, image"),
+        ({"platform": "st"}, "column measurement: is blank; give the file or folder that st wrote"),
+        ({"measurement": "x"}, "column measurement: must be blank for platform image"),
+        ({"species": "yeast"}, "column species: 'yeast' is none of human, mouse"),
+        ({"split": "training"}, "column split: 'training' is none of train, val, test"),
+        ({"mpp": "500"}, "column mpp: '500' is no um per level-0 pixel"),
+        ({"mpp": "half"}, "column mpp: 'half' is no um"),
+        ({"assume_aligned": "maybe"}, "column assume_aligned: 'maybe' is none of true, false"),
+    ],
+)
+def test_a_fault_names_line_column_and_cure(tmp_path: Path, change: dict[str, str], expected: str) -> None:
+    (fault,) = faults(write_manifest(tmp_path / "m.csv", [GOOD | change]))
+    assert fault.startswith(f"{tmp_path / 'm.csv'}: ")
+    assert expected in fault
+
+
+def test_all_faults_come_together(tmp_path: Path) -> None:
+    rows = [GOOD | {"donor": ""}, GOOD | {"slide_id": "b.c", "organ": ""}, GOOD]
+    found = faults(write_manifest(tmp_path / "m.csv", rows))
+    assert [f.split(": ")[1] for f in found] == [
+        "line 2, column donor",
+        "line 3, column slide_id",
+        "line 3, column organ",
+        "line 4, column slide_id",
+    ]
+    assert "'a' is already on line 2" in found[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (",".join([*HEADER, "spilt"]), "line 1: 'spilt' is no column (nearest: split)"),
+        (",".join(HEADER[1:]), "line 1: column slide_id is missing"),
+        (",".join([*HEADER, "organ"]), "line 1: column organ comes twice"),
+        ("", "is empty"),
+        (",".join(HEADER), "holds no slide"),
+        (",".join(HEADER) + "\na,b", "line 2: 2 cells, the header has 8"),
+    ],
+)
+def test_faults_of_the_header_and_the_shape(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    assert expected in faults(tmp_path / "m.csv")[0]
+
+
+def test_no_manifest_and_no_text(tmp_path: Path) -> None:
+    assert "no such manifest" in faults(tmp_path / "absent.csv")[0]
+    (tmp_path / "m.csv").write_bytes(b"\xff\xfe\x00s")
+    assert "not UTF-8" in faults(tmp_path / "m.csv")[0]
+
+
+def test_a_donor_in_two_splits_needs_split_by_section(tmp_path: Path) -> None:
+    rows = [GOOD | {"split": "train"}, GOOD | {"slide_id": "b", "split": "test"}]
+    path = write_manifest(tmp_path / "m.csv", rows)
+    (fault,) = faults(path)
+    assert "line 3, column split: donor 'd1' of study 's1' is in test here and in train on line 2" in fault
+    assert "split_by=section" in fault
+    assert len(manifest.read(path, None, "section")) == 2
+    shared = write_manifest(tmp_path / "n.csv", [row | {"section": "cut1"} for row in rows])
+    assert "section 'cut1'" in faults(shared, "section")[0]
+
+
+def test_equal_donor_names_of_two_studies_are_two_donors(tmp_path: Path) -> None:
+    rows = [GOOD | {"split": "train"}, GOOD | {"slide_id": "b", "split": "test", "study": "s2"}]
+    assert len(manifest.read(write_manifest(tmp_path / "m.csv", rows))) == 2
