@@ -3,7 +3,6 @@
 In: the export's config (plain values). Out: Markdown. Counts per study, organ and platform; never a donor or a slide.
 """
 
-import html
 from typing import Any
 
 _CARD = """# {title}
@@ -65,26 +64,31 @@ _SECTION_SPLIT = """
 _DONOR_SPLIT = "\nSplit by donor: no donor lies on both sides of the split.\n"
 
 
+_ESCAPED = str.maketrans({"<": "&lt;", ">": "&gt;", "|": "&#124;", "[": "&#91;", "`": "&#96;", "*": "&#42;"})
+
+
 def clean(value: object) -> str:
-    """A value for a cell of a Markdown table: one line, no HTML, no cell border."""
-    return html.escape(" ".join(str(value).split())).replace("|", "&#124;")
+    """A value that somebody else wrote, as one line of Markdown that is nothing but text."""
+    return " ".join(str(value).split()).replace("&", "&amp;").translate(_ESCAPED)
 
 
 def table(columns: list[str], rows: list[list[object]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; cells from elsewhere have gone through `clean`."""
     lines: list[list[object]] = [[*columns], ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(clean(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def _counted(what: str, counts: dict[str, dict[str, int]]) -> str:
-    rows: list[list[object]] = [[name, entry["slides"], entry["profiles"]] for name, entry in sorted(counts.items())]
+    rows: list[list[object]] = [
+        [clean(name), entry["slides"], entry["profiles"]] for name, entry in sorted(counts.items())
+    ]
     return table([what, "slides", "profiles"], rows)
 
 
 def terms(licenses: dict[str, dict[str, Any]]) -> str:
     """Licence and use terms per study, as a table; what nobody stated is said to be unstated."""
     rows: list[list[object]] = [
-        [study, entry["license"] or "not stated", entry["use_terms"] or "not stated"]
+        [clean(study), clean(entry["license"]) or "not stated", clean(entry["use_terms"]) or "not stated"]
         for study, entry in sorted(licenses.items())
     ]
     return table(["study", "licence", "terms of use"], rows)

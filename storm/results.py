@@ -141,7 +141,8 @@ def _rows_of(slide: Slide, names: list[str]) -> npt.NDArray[np.int64]:
     if strangers:
         raise ValueError(
             f"{len(strangers)} of {len(names)} obs_names (as {strangers[0]!r}) are no profiles of slide "
-            f"{slide.store.info.slide_id} (as {slide.profiles.ids[0]!r}); give the object of the same slide, with the vendor's barcodes"
+            f"{slide.store.info.slide_id} (as {slide.profiles.ids[0]!r}); give the object of that slide, "
+            "with the vendor's barcodes"
         )
     return np.array([row[name] for name in names], dtype=np.int64)
 

@@ -169,7 +169,7 @@ class Method:
 
 METHODS = (
     Method("slide mean", "baseline", slide_mean),
-    Method("image -> depth -> gene", "baseline", image_depth),
+    Method("predicted depth only (from colour)", "baseline", image_depth),
     Method("colour kNN", "baseline", colour_knn),
     Method("colour MLP, 2 layers", "baseline", colour_mlp),
     Method("colour ridge", "baseline", colour_ridge),

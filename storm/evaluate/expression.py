@@ -28,9 +28,8 @@ from storm.shards import MANIFEST, ShardSet
 from storm.store import SUFFIX, SlideStore
 
 Floats = npt.NDArray[np.float64]
-PROTOCOL = "2: H&E -> expression, held-out sections"
+PROTOCOL = "2, H&E to expression on held-out sections"
 MODEL = "STORM (this project), H&E only"
-MODEL_PROBE = "ridge on STORM's embedding"
 
 
 @dataclass(frozen=True)

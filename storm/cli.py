@@ -1,0 +1,278 @@
+"""The console command `storm`: embed, predict, export, evaluate, verify, doctor.
+
+In: words. Out: files, and an exit code: 0 well, 1 some items failed (each is listed), 2 wrong usage or input. Libraries
+are imported by the command that needs them.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from storm import __version__
+
+if TYPE_CHECKING:
+    import anndata
+
+    from storm.export import Pretrained
+
+INSTALL = "python -m pip install 'storm-tissue[{extra}]'"
+EXTRAS = {  # extra -> modules that it brings
+    "core": ("torch", "numpy", "safetensors", "pydantic", "yaml"),
+    "prep": ("openslide", "tifffile", "imagecodecs", "zarr", "anndata", "h5py", "pyarrow", "simplejpeg", "cv2"),
+    "train": ("deepspeed", "tensorboard", "webdataset", "simplejpeg"),
+    "use": ("anndata", "matplotlib", "sklearn", "scipy", "zarr", "openslide"),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    args = _parser().parse_args(words)
+    try:
+        return int(args.run(args))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("storm", "data_prep"):
+            raise
+        print(f"{error.name} is not installed; {INSTALL.format(extra='use')}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="storm", description="Use an exported STORM model.")
+    parser.add_argument("--version", action="version", version=f"storm-tissue {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("embed", embed, "embeddings of a slide's profiles, or of a lattice over its tissue"),
+        ("predict", predict, "expected expression from H&E"),
+    ):
+        command = commands.add_parser(name, help=text)
+        _add_source(command)
+        command.set_defaults(run=run)
+        if name == "embed":
+            command.add_argument("--adata", type=Path, help="your own h5ad of this slide, joined by obs_names")
+            command.add_argument("--image-only", action="store_true", help="do not show the model the counts")
+        else:
+            command.add_argument("--genes", help="a file with one symbol or Ensembl id per line, or a list A,B,C")
+            command.add_argument("--unit", default="lognorm", help="lognorm, raw, composition or mu")
+    command = commands.add_parser("export", help="checkpoint -> the folder that others load")
+    command.add_argument("--run", dest="run_dir", type=Path, required=True, help="run folder")
+    command.add_argument("--checkpoint", type=Path, help="instead of the newest complete one")
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--license", type=Path, help="text file with the licence of the weights")
+    command.set_defaults(run=export)
+    command = commands.add_parser("evaluate", help="a model on the test slides of a shard set, beside its baselines")
+    for name, needed, text in (
+        ("--model", True, "export"), ("--store", True, "folder of the slide stores"), ("--out", True, "report folder"),
+        ("--shards", True, "shard set: it says which slides were for training"), ("--run", False, "run folder"),
+        ("--truth", False, "truth folder of a synthetic corpus"),
+    ):  # fmt: skip
+        command.add_argument(
+            name, dest=name[2:] + ("_dir" if name == "--run" else ""), type=Path, required=needed, help=text
+        )
+    command.add_argument("--seed", type=int, default=0, help="of baselines and bootstrap")
+    command.set_defaults(run=evaluate)
+    command = commands.add_parser("verify", help="check an export or a shard set against its hashes")
+    command.add_argument("folder", type=Path)
+    command.set_defaults(run=verify)
+    commands.add_parser("doctor", help="versions, devices, extras, and cures").set_defaults(run=doctor)
+    return parser
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", type=Path, required=True, help="export")
+    command.add_argument("--store", type=Path, help="a slide store, or a folder of them")
+    command.add_argument("--slide", nargs="+", help="of the folder: these slides alone")
+    command.add_argument("--split", choices=("train", "val", "test"), help="of the folder: the slides of this split")
+    command.add_argument("--image", type=Path, help="a slide that is in no store")
+    command.add_argument("--visium", type=Path, help="the outs folder that was measured on --image")
+    command.add_argument("--mpp", type=float, help="um per pixel of --image, where neither it nor the spots tell")
+    command.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    command.add_argument("-o", "--out", type=Path, required=True, help="an .h5ad file for one slide, else a folder")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A slide store, and the object of the user that goes with it."""
+
+    path: Path
+    own: "anndata.AnnData | None" = None
+
+
+@contextlib.contextmanager
+def _sources(args: argparse.Namespace, pretrained: "Pretrained") -> Iterator[list[_Source]]:
+    """The stores that the arguments name; a slide without one is given a temporary one."""
+    if (args.store is None) == (args.image is None):
+        raise ValueError("name the input: --store, or --image (with --visium, where it was measured)")
+    if args.image is None:
+        if args.visium or args.mpp:
+            raise ValueError("--visium and --mpp go with --image")
+        yield [_Source(path) for path in _stores(args)]
+        return
+    if args.slide or args.split:
+        raise ValueError("--slide and --split go with --store")
+    with tempfile.TemporaryDirectory(prefix="storm_") as folder:
+        yield [_built(args, pretrained, Path(folder))]
+
+
+def _stores(args: argparse.Namespace) -> list[Path]:
+    from storm import store
+
+    found = [args.store] if args.store.is_file() else store.paths(args.store)
+    if args.slide:
+        by_id = {path.name.removesuffix(store.SUFFIX): path for path in found}
+        unknown = [name for name in args.slide if name not in by_id]
+        if unknown:
+            raise ValueError(f"{args.store}: holds no slide {unknown[0]!r}; it holds {', '.join(sorted(by_id)[:10])}")
+        found = [by_id[name] for name in args.slide]
+    if args.split:
+        found = [path for path in found if store.SlideStore(path).info.split == args.split]
+    if not found:
+        raise ValueError(f"{args.store}: no slide is marked as split {args.split}; name slides with --slide")
+    return found
+
+
+def _built(args: argparse.Namespace, pretrained: "Pretrained", folder: Path) -> _Source:
+    """A store made for this call from an image and, where given, a Visium measurement."""
+    from data_prep.build import build_slide
+    from data_prep.manifest import IMAGE_ONLY, ManifestRow
+    from storm import results
+    from storm.config import PrepConfig
+
+    species = "mouse" if pretrained.genes.ids[0].startswith("ENSMUS") else "human"
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", args.image.stem)[:64] or "slide"
+    row = ManifestRow(
+        name, args.image, args.visium, "visium" if args.visium else IMAGE_ONLY, species=species, mpp=args.mpp
+    )
+    path = build_slide(row, folder, PrepConfig(tile_px=pretrained.config.tile_px, tile_mpp=pretrained.config.tile_mpp))
+    return _Source(path, results.visium_object(args.visium) if args.visium else None)
+
+
+def _each(args: argparse.Namespace, make: "Callable[[Pretrained, _Source], anndata.AnnData]") -> int:
+    """Make a result of every source; one that fails is listed, and the rest goes on."""
+    from storm import results
+    from storm.export import load
+    from storm.store import SUFFIX
+
+    pretrained = load(args.model)
+    failed = 0
+    with _sources(args, pretrained) as sources:
+        single = args.out.suffix == ".h5ad"
+        if single and len(sources) > 1:
+            raise ValueError(f"{args.out}: is one file, but {len(sources)} slides were named; give a folder")
+        for source in sources:
+            path = args.out if single else args.out / f"{source.path.name.removesuffix(SUFFIX)}.h5ad"
+            try:
+                result = make(pretrained, source)
+            except ValueError as error:
+                if len(sources) == 1:
+                    raise
+                print(f"{source.path.name}: FAILED: {error}", file=sys.stderr)
+                failed += 1
+                continue
+            results.write(result, path)
+            print(f"{path}: {result.n_obs} profiles, {result.uns['storm']['input']}")
+    if failed:
+        print(f"{failed} of {len(sources)} slides failed", file=sys.stderr)
+    if pretrained.data["split_by"] == "section":
+        print("trained with split_by: section (donors may lie on both sides of its split)")
+    return 1 if failed else 0
+
+
+def embed(args: argparse.Namespace) -> int:
+    """`storm embed`."""
+
+    def make(pretrained: "Pretrained", source: _Source) -> "anndata.AnnData":
+        import anndata
+
+        from storm import results
+
+        own = anndata.read_h5ad(args.adata) if args.adata else source.own
+        return results.embed(pretrained, source.path, False if args.image_only else None, own, args.device)
+
+    return _each(args, make)
+
+
+def predict(args: argparse.Namespace) -> int:
+    """`storm predict`."""
+    genes = None
+    if args.genes:
+        listed = Path(args.genes)
+        genes = listed.read_text(encoding="utf-8").split() if listed.is_file() else args.genes.split(",")
+
+    def make(pretrained: "Pretrained", source: _Source) -> "anndata.AnnData":
+        from storm import results
+
+        return results.predict(pretrained, source.path, genes, args.unit, device=args.device)
+
+    return _each(args, make)
+
+
+def export(args: argparse.Namespace) -> int:
+    """`storm export`."""
+    from storm import checkpoints
+    from storm import export as exporter
+
+    checkpoint = args.checkpoint or checkpoints.latest(args.run_dir)
+    text = args.license.read_text(encoding="utf-8") if args.license else None
+    exporter.export(checkpoint, args.out, text)
+    pretrained = exporter.load(args.out)
+    print(f"{args.out}: export of {checkpoint.name}, model hash {pretrained.hash[:16]}")
+    if pretrained.data["split_by"] == "section":
+        print("SPLIT BY SECTION: donors may lie on both sides of the split; the card says so")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`storm evaluate`."""
+    from storm.evaluate import report
+
+    print(report.write(args.model, args.store, args.shards, args.truth, args.run_dir, args.out, args.seed))
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """`storm verify`: 0 where all hashes hold, 1 with a line per fault."""
+    from storm import export as exporter
+    from storm import shards
+
+    if (args.folder / exporter.SUMS).is_file():
+        faults = exporter.verify(args.folder)
+    elif (args.folder / shards.MANIFEST).is_file():
+        faults = shards.verify(args.folder)
+    else:
+        raise ValueError(f"{args.folder}: is neither an export ({exporter.SUMS}) nor a shard set ({shards.MANIFEST})")
+    print("\n".join(faults) or f"{args.folder}: every hash holds")
+    return 1 if faults else 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """`storm doctor`: 0 where the core is complete."""
+    print(f"storm-tissue {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    for name in ("torch", "numpy", "safetensors", "pydantic", "zarr", "anndata", "deepspeed"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            print(f"  {name} {importlib.metadata.version(name)}")
+    missing = {extra: [m for m in modules if importlib.util.find_spec(m) is None] for extra, modules in EXTRAS.items()}
+    for extra, modules in missing.items():
+        cure = f"lacks {', '.join(modules)}; {INSTALL.format(extra=extra)}" if modules else "complete"
+        print(f"{extra}: {cure.replace('[core]', '')}")
+    if not missing["core"]:
+        import torch
+
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        print(f"devices: {', '.join(devices) or 'CPU only (no CUDA device is visible to torch)'}, "
+              f"{torch.get_num_threads()} CPU threads")  # fmt: skip
+    return 1 if missing["core"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

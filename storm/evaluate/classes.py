@@ -1,0 +1,78 @@
+"""Synthetic tissue: how well each class of genes is predicted, between colour alone and all that can be known.
+
+In: an export, a cohort of synthetic sections, the folder with their truth. Out: per class the mean Pearson of the model,
+of colour ridge, of measured depth, of the oracle (the expected composition, given the latents) and of the control, and
+
+    skill = (model - colour ridge) / (oracle - colour ridge)
+
+    a  visible by colour and density       d  spatial fields of expression alone
+    b  visible by texture or arrangement   e  noise and donor: no method may score
+    c  niche: depends on a source 100-250 um away
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from storm.evaluate import targets
+from storm.evaluate.expression import MODEL, Cohort, Score, baseline_scores, model_predictions, score
+from storm.evaluate.sections import Section
+from storm.export import Pretrained
+
+Floats = npt.NDArray[np.float64]
+SHOWN = ("colour ridge", "true depth (measured, no image)", "colour ridge, patches shuffled")
+ORACLE = "oracle"
+
+
+def class_table(pretrained: Pretrained, cohort: Cohort, truth_dir: Path, seed: int = 0) -> dict[str, Any]:
+    """Class -> genes, the mean Pearson of each method on target lognorm, and the skill.
+
+    Raises:
+        ValueError: a test section has no truth, or another one.
+    """
+    truths = [_truth(truth_dir, section, cohort.gene_ids) for section in cohort.test]
+    kind = truths[0][0]
+    columns = np.flatnonzero(kind != "")
+    found: dict[str, Score] = {
+        name: value for name, value in baseline_scores(cohort, "lognorm", columns, seed).items() if name in SHOWN
+    }
+    measured = [targets.lognorm(section.counts[:, columns], section.depth) for section in cohort.test]
+    predicted = model_predictions(pretrained, cohort, [cohort.gene_ids[i] for i in columns])["lognorm"]
+    oracle = [np.log1p(targets.SCALE * expected[:, columns]) for _, expected in truths]
+    found = {
+        MODEL: score([predicted], measured, cohort.test, seed),
+        **found,
+        ORACLE: score([oracle], measured, cohort.test, seed),
+    }
+    classes = {}
+    for name in sorted(set(kind[columns])):
+        members = kind[columns] == name
+        means = {method: float(entry.genes[members].mean()) for method, entry in found.items()}
+        classes[name] = {"genes": int(members.sum()), "scores": means, "skill": _skill(means)}
+    return {"target": "lognorm", "methods": list(found), "classes": classes}
+
+
+def _skill(means: dict[str, float]) -> float | None:
+    """None where the oracle is hardly better than colour ridge: a ratio of noise says nothing."""
+    room = means[ORACLE] - means["colour ridge"]
+    return (means[MODEL] - means["colour ridge"]) / room if room > 0.02 else None
+
+
+def _truth(folder: Path, section: Section, gene_ids: list[str]) -> tuple[npt.NDArray[np.str_], Floats]:
+    """(class of each gene [K], '' where the truth does not know it; expected composition [N, K])."""
+    path = folder / f"{section.slide_id}.npz"
+    if not path.is_file():
+        raise ValueError(f"{path}: no truth of this slide; give the truth folder of the store's own corpus")
+    with np.load(path, allow_pickle=False) as arrays:
+        genes = {str(name): i for i, name in enumerate(arrays["gene_id"])}
+        rows = {str(name): i for i, name in enumerate(arrays["profile_id"])}
+        kinds, expected = arrays["gene_class"], arrays["expected"]
+    missing = [name for name in section.ids if name not in rows]
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} profiles (as {missing[0]!r}) are not in it; it is of another corpus")
+    column = np.array([genes.get(gene_id, -1) for gene_id in gene_ids])
+    known = np.where(column >= 0, kinds[column], "")
+    values = expected[[rows[name] for name in section.ids]][:, column].astype(np.float64)
+    return known, np.where(column >= 0, values, 0.0)
