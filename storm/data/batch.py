@@ -180,7 +180,8 @@ def _tiles(layout: _Layout, spec: BatchSpec) -> None:
     position = layout.zeros("tile_pos_um", np.float32, layout.c, 2)
     at = layout.zeros("tile_at", np.int64, layout.rows, layout.cols)
     at[...] = -1
-    pixels: list[npt.NDArray[np.uint8]] = []
+    encoded = sum(len(part.group.tiles.keys() - part.view.hidden_tiles) for part in layout.parts)
+    pixels = np.zeros((max(1, encoded), spec.tile_px, spec.tile_px, 3), np.uint8)  # a dummy where there is none
     slots: list[int] = []
     for part in layout.parts:
         table = None if part.view.stain is None else stain.jitter_table(part.view.stain)
@@ -195,12 +196,11 @@ def _tiles(layout: _Layout, spec: BatchSpec) -> None:
                 hidden[region, c] = True
                 target[region, c] = stain.tile_statistics(tile)
                 continue
-            at[region, row, col] = len(pixels)
+            at[region, row, col] = len(slots)
+            pixels[len(slots)] = _turn_pixels(tile if table is None else stain.restain(tile, table), part.view)
             slots.append(region * layout.c + c)
-            pixels.append(_turn_pixels(tile if table is None else stain.restain(tile, table), part.view))
-    dummy = not pixels
-    layout.out["tiles"] = np.stack(pixels or [np.zeros((spec.tile_px, spec.tile_px, 3), np.uint8)])
-    layout.out["tile_weight"] = np.full(len(layout.out["tiles"]), 0.0 if dummy else 1.0, np.float32)
+    layout.out["tiles"] = pixels
+    layout.out["tile_weight"] = np.full(len(pixels), float(encoded > 0), np.float32)
     layout.out["tile_slot"] = np.array(slots or [-1], np.int64)
 
 

@@ -80,6 +80,7 @@ def _save_common(
     folder: Path, step: int, position: Position, contents: Contents, training: Engine, world: World
 ) -> None:
     save_file(training.weights(), folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private; others export from it
     model = {"model": asdict(contents.model), "n_genes": len(contents.genes)}
     (folder / "model.json").write_bytes(files.dump_json(model))
     (folder / "genes.tsv").write_bytes(contents.genes.to_tsv())

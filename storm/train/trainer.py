@@ -13,6 +13,7 @@ Losses are sums divided by counts of the whole global batch, so neither ranks no
 import dataclasses
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +58,8 @@ def pretrain(config: RunConfig, resume: str = "auto", stop_after_step: int | Non
     """
     run_dir = Path(config.run_dir)
     if (run_dir / FINISHED).is_file():
-        print(f"{run_dir}: the run is finished ({FINISHED}); to train anew choose another run_dir")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{run_dir}: the run is finished ({FINISHED}); to train anew choose another run_dir")
         return
     world = engine.connect()
     try:
@@ -102,7 +104,7 @@ def reference(shards: ShardSet, split: str, seed: int) -> dict[str, Any]:
             row["profiles"] += profiles
     return manifest["reference"] | {
         "gene_hash": shards.genes.hash, "split_by": manifest["split_by"], "seed": seed,
-        "shards_hash": files.sha256_file(shards.folder / MANIFEST),
+        "shards_hash": files.sha256_file(shards.folder / MANIFEST), "spots_side": manifest["prep"]["spots_side"],
         "licenses": {study: manifest["licenses"][study] for study in counted["study"]},
         "studies": counted["study"], "organs": counted["organ"], "platforms": counted["platform"],
     }  # fmt: skip

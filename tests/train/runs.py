@@ -1,0 +1,62 @@
+"""Small runs for the tests; as a script, one rank of a job that trains one and writes its first gradients."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from storm.config import RunConfig, load
+from storm.data.stream import batches
+from storm.train import engine
+from storm.train.trainer import Trainer
+
+TIMES = {"seconds", "data_wait_s"}
+BATCH, STEPS, STOP = 4, 4, 2
+
+
+def words(shards: Path, run_dir: Path, micro: int = 1, *more: str) -> list[str]:
+    """The overrides that make a small run: no preset, no file."""
+    return [
+        f"run_dir={run_dir}", f"data.shards={shards}", f"data.global_batch_size={BATCH}",
+        f"data.micro_batch_size={micro}", f"optim.steps={STEPS}", "optim.lr=2e-3", "checkpoint.every_steps=100",
+        "mask.loss_genes=200", *more,
+    ]  # fmt: skip
+
+
+def log(run_dir: Path) -> list[dict]:
+    """The lines of log.jsonl without the times."""
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def first_step(config: RunConfig, world: engine.World) -> dict[str, np.ndarray]:
+    """Loss and gradients of the first global batch, with weights moved off the zeros that heads start from."""
+    trainer = Trainer(config, world)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.engine.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    loss, parts = trainer.backward(trainer.take(batches(trainer.stream, 0, 1, workers=0)))
+    found = {name: gradient.numpy() for name, gradient in trainer.engine.gradients().items()}
+    norm = trainer.engine.grad_norm()
+    values = {name: np.array(np.nan if value is None else value) for name, value in parts.items()}
+    return found | values | {"loss": np.array(loss), "norm": np.array(norm)}
+
+
+def main(overrides: list[str], out: Path) -> None:
+    """Write the first gradients, then train the run from its start to its end."""
+    config = load(RunConfig, None, overrides)
+    world = engine.connect()
+    found = first_step(config, world)
+    if world.rank == 0:
+        np.savez(out, **found)
+    trainer = Trainer(config, world)
+    trainer.start("never")
+    trainer.train()
+    engine.disconnect()
+
+
+if __name__ == "__main__":
+    main(sys.argv[2:], Path(sys.argv[1]))

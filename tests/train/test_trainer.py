@@ -1,0 +1,244 @@
+"""One rank: logs, checkpoints, what is refused and what stops a run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from storm import checkpoints, losses
+from storm.config import RunConfig, dump, load
+from storm.genes import GeneTable
+from storm.model.storm import Storm
+from storm.presets import resolve_model
+from storm.shards import ShardSet
+from storm.train import checkpoint, engine, metrics
+from storm.train.trainer import FINISHED, NotFiniteError, Trainer, fit_model, pretrain
+from tests.train import runs
+
+
+def train(
+    shards: Path, run_dir: Path, world: engine.World, *more: str, resume: str = "auto", stop: int | None = None
+) -> Trainer:
+    """A run of three steps, or its continuation."""
+    trainer = Trainer(load(RunConfig, None, runs.words(shards, run_dir, 2, "optim.steps=3", *more)), world)
+    trainer.start(resume)
+    trainer.train(stop)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_shards: Path, world: engine.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a checkpoint at every step, two kept."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    train(tiny_shards, run_dir, world, "checkpoint.every_steps=1")
+    return run_dir
+
+
+@pytest.fixture
+def stopped(tiny_shards: Path, world: engine.World, tmp_path: Path) -> Path:
+    """A run stopped after its first step."""
+    train(tiny_shards, tmp_path / "run", world, stop=1)
+    return tmp_path / "run"
+
+
+def test_the_run_folder(finished: Path, tiny_shards: Path) -> None:
+    assert [line["step"] for line in runs.log(finished)] == [1, 2, 3]
+    assert {"loss", "expr", "depth", "image", "expr_image_only", "lr", "grad_norm", "groups"} <= set(
+        runs.log(finished)[0]
+    )
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    assert json.loads((finished / FINISHED).read_text())["step"] == 3
+    assert [path.name for path in checkpoints.complete(finished)] == ["step_0000002", "step_0000003"]
+    resolved = load(RunConfig, finished / "config.yaml")
+    assert resolved.model.tile_px == 112 and resolved.model.organs == tuple(ShardSet(tiny_shards).manifest["organs"])
+    assert dump(resolved) == (finished / "config.yaml").read_text()
+    settings = json.loads((finished / "deepspeed.json").read_text())
+    assert (settings["train_batch_size"], settings["gradient_accumulation_steps"]) == (4, 2)
+
+
+def test_a_checkpoint_holds_what_an_export_needs(finished: Path, tiny_shards: Path) -> None:
+    path = checkpoints.latest(finished)
+    marker = checkpoints.verify(path, [])
+    assert checkpoints.verify(path, sorted(marker["files"]))["step"] == 3
+    present = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    assert present == {*marker["files"], checkpoints.MARKER}
+    shards = ShardSet(tiny_shards)
+    assert GeneTable.read(path / "genes.tsv").hash == shards.genes.hash
+    reference = json.loads((path / "reference.json").read_text())
+    assert reference["gene_hash"] == shards.genes.hash and reference["split_by"] == shards.manifest["split_by"]
+    total = int(shards.index("train").profiles.sum())
+    for what in ("studies", "organs", "platforms"):
+        assert sum(entry["profiles"] for entry in reference[what].values()) == total
+    weights = load_file(path / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
+    model = json.loads((path / "model.json").read_text())
+    assert model["n_genes"] == len(shards.genes)
+    Storm(resolve_model(model["model"]), model["n_genes"]).load_state_dict(weights)
+
+
+def test_no_slide_or_donor_is_named_in_what_leaves_the_run(finished: Path, tiny_shards: Path) -> None:
+    text = (checkpoints.latest(finished) / "reference.json").read_text()
+    assert [slide for slide in ShardSet(tiny_shards).manifest["slides"] if slide in text] == []
+
+
+def test_two_runs_of_one_seed_have_the_same_losses(
+    finished: Path, tiny_shards: Path, world: engine.World, tmp_path: Path
+) -> None:
+    train(tiny_shards, tmp_path / "again", world)
+    train(tiny_shards, tmp_path / "other", world, "seed=1")
+    assert runs.log(tmp_path / "again") == runs.log(finished)
+    assert runs.log(tmp_path / "other") != runs.log(finished)
+
+
+def test_a_stopped_run_resumes_to_the_same_losses_and_weights(
+    finished: Path, stopped: Path, tiny_shards: Path, world: engine.World
+) -> None:
+    assert not (stopped / FINISHED).exists() and len(runs.log(stopped)) == 1
+    with (stopped / "log.jsonl").open("a") as lines:
+        lines.write('{"step": 2, "loss": 0}\n{"step": 3, "lo')  # what a killed run had still written
+    train(tiny_shards, stopped, world, "data.workers=1", "log_every=1")
+    assert runs.log(stopped) == runs.log(finished)
+    ends = [load_file(checkpoints.latest(run) / "model.safetensors") for run in (stopped, finished)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+
+
+def test_a_finished_run_is_left_alone(finished: Path, tiny_shards: Path, capsys: pytest.CaptureFixture) -> None:
+    before = (finished / "log.jsonl").read_bytes()
+    pretrain(load(RunConfig, None, runs.words(tiny_shards, finished)))
+    assert "the run is finished" in capsys.readouterr().out and (finished / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "rng_rank0.json", "deepspeed"])
+def test_a_damaged_checkpoint_is_refused_before_it_is_read(
+    stopped: Path, tiny_shards: Path, world: engine.World, name: str
+) -> None:
+    path = checkpoints.latest(stopped) / name
+    victim = sorted(path.rglob("*optim_states.pt"))[0] if path.is_dir() else path
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{victim.name}: its sha256 is not that of COMPLETE"):
+        train(tiny_shards, stopped, world)
+
+
+def test_a_torn_checkpoint_does_not_count(finished: Path, stopped: Path) -> None:
+    (checkpoints.latest(stopped) / checkpoints.MARKER).unlink()
+    assert checkpoint.find(stopped, "auto") is None
+    with pytest.raises(ValueError, match="COMPLETE is absent"):
+        checkpoints.verify(stopped / "checkpoints" / "step_0000001", [])
+
+
+def test_a_checkpoint_of_another_model_is_refused(stopped: Path, tiny_shards: Path, world: engine.World) -> None:
+    with pytest.raises(ValueError, match=r"model\.json: the checkpoint is of another model \(model\.space_depth: 2 ->"):
+        train(tiny_shards, stopped, world, "model.space_depth=1")
+
+
+def test_another_config_is_refused_with_the_keys(stopped: Path, tiny_shards: Path, world: engine.World) -> None:
+    with pytest.raises(ValueError, match=r"config\.yaml: .*other values \(optim\.lr: 0\.002 -> 0\.001; seed: 0 -> 5\)"):
+        train(tiny_shards, stopped, world, "optim.lr=0.001", "seed=5", "log_every=7")
+
+
+def test_which_checkpoint(finished: Path, tmp_path: Path) -> None:
+    newest = checkpoints.latest(finished)
+    assert checkpoint.find(finished, "auto") == newest and checkpoint.find(tmp_path, "auto") is None
+    older = newest.with_name("step_0000002")
+    assert checkpoint.find(finished, str(older)) == older and checkpoint.find(tmp_path, "never") is None
+    with pytest.raises(ValueError, match="holds a run up to step_0000003"):
+        checkpoint.find(finished, "never")
+    with pytest.raises(ValueError, match="lies outside"):
+        checkpoint.find(tmp_path, str(older))
+
+
+def test_other_genes_and_other_ranks_are_refused(stopped: Path, tiny_shards: Path, world: engine.World) -> None:
+    path = checkpoints.latest(stopped)
+    trainer = Trainer(load(RunConfig, None, runs.words(tiny_shards, stopped, 2, "optim.steps=3")), world)
+    two = engine.World(0, 2, world.device)
+    with pytest.raises(ValueError, match="written by 1 ranks, this job has 2"):
+        checkpoint.check(path, trainer.contents, two)
+    table = trainer.contents.genes
+    fewer = GeneTable((*table.ids[:-1], "ENSG99999999999"), table.symbols, table.share)
+    with pytest.raises(ValueError, match=r"genes\.tsv: not the genes of the shards"):
+        checkpoint.check(path, checkpoint.Contents(**{**vars(trainer.contents), "genes": fewer}), world)
+
+
+def test_another_geometry_than_the_shards_is_refused(tiny_shards: Path) -> None:
+    config = load(RunConfig, None, ["run_dir=x", f"data.shards={tiny_shards}", "model.tile_px=64"])
+    with pytest.raises(ValueError, match=r"manifest\.json: tile_px is 112, the config asks for 64"):
+        fit_model(config.model, ShardSet(tiny_shards))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(
+    tiny_shards: Path, world: engine.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = losses.terms
+
+    def broken(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, losses.Term]:
+        found = honest(outputs, batch)
+        return found | {"depth": (found["depth"][0] * torch.nan, found["depth"][1])}
+
+    monkeypatch.setattr(losses, "terms", broken)
+    trainer = Trainer(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 2)), world)
+    trainer.start("never")
+    before = trainer.engine.weights()
+    keys = trainer.stream.keys(0)
+    with pytest.raises(NotFiniteError, match=rf"step 1 is not finite \(rank 0: depth of groups {', '.join(keys)}"):
+        trainer.train()
+    after = trainer.engine.weights()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_gradient_that_is_not_finite_stops_too(
+    tiny_shards: Path, world: engine.World, tmp_path: Path, stage: int
+) -> None:
+    words = runs.words(tiny_shards, tmp_path, 4, f"engine.zero_stage={stage}")
+    trainer = Trainer(load(RunConfig, None, words), world)
+    trainer.start("never")
+    name, parameter = next(iter(trainer.engine.model.named_parameters()))
+    parameter.register_hook(lambda gradient: gradient * torch.inf)
+    before = trainer.engine.weights()
+    with pytest.raises(NotFiniteError, match=rf"gradient norm nan, in {name}"):
+        trainer.train()
+    assert all(torch.equal(before[n], tensor) for n, tensor in trainer.engine.weights().items())
+
+
+def test_bf16_and_stage_0_train(tiny_shards: Path, world: engine.World, tmp_path: Path) -> None:
+    full = runs.first_step(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 4)), world)
+    zero = runs.first_step(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 4, "engine.zero_stage=0")), world)
+    assert float(zero["norm"]) == pytest.approx(float(full["norm"]), rel=1e-6)
+    words = runs.words(tiny_shards, tmp_path, 4, "engine.precision=bf16")
+    half = runs.first_step(load(RunConfig, None, words), world)
+    for name in ("loss", "norm"):
+        assert half[name] != full[name] and half[name] == pytest.approx(full[name], rel=2e-2)
+
+
+def test_truncate_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    path = tmp_path / metrics.LOG
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    metrics.truncate(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_accumulation_changes_neither_losses_nor_gradients(
+    tiny_shards: Path, world: engine.World, tmp_path: Path
+) -> None:
+    one, two, four = (
+        runs.first_step(load(RunConfig, None, runs.words(tiny_shards, tmp_path, micro)), world) for micro in (4, 2, 1)
+    )
+    for other in (two, four):
+        agree(one, other)
+
+
+def agree(one: dict[str, np.ndarray], other: dict[str, np.ndarray], relative: float = 1e-5) -> None:
+    """Losses and every gradient within `relative`, by the norm of the difference."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert (np.isnan(value) == np.isnan(other[name])).all(), name
+        difference = np.linalg.norm(np.nan_to_num(value - other[name]))
+        assert difference <= relative * np.linalg.norm(np.nan_to_num(value)), name
+    gradients = [value for value in one.values() if value.ndim]
+    assert sum(bool(value.any()) for value in gradients) > 0.9 * len(gradients) > 20
