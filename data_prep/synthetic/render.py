@@ -100,13 +100,17 @@ def _surroundings(tissue: Tissue) -> tuple[Image, Image]:
     return eosin * (1 + 0.35 * hyaline), hematoxylin
 
 
+def _span(centre: int, reach: int, size: int) -> slice:
+    return slice(max(centre - reach, 0), min(centre + reach, size))
+
+
 def _draw_vessels(rng: np.random.Generator, tissue: Tissue, layers: Image, mpp: float) -> None:
     """Round walls of muscle in concentric coats around packed red cells: what the niche looks for."""
     grain = _noise(rng, 256, 2.2 / mpp)
     for x, y, radius in tissue.vessels:
         reach = min(int((radius + 6) / mpp) + 1, 128)
         col, row = int(x / mpp), int(y / mpp)
-        window = np.s_[max(row - reach, 0) : row + reach, max(col - reach, 0) : col + reach]
+        window = (_span(row, reach, layers.shape[1]), _span(col, reach, layers.shape[2]))
         rows, cols = np.ogrid[window]
         dx, dy = (cols + 0.5) * mpp - x, (rows + 0.5) * mpp - y
         turn = np.arctan2(dy, dx)

@@ -83,7 +83,8 @@ def _outline(rng: np.random.Generator, side_um: float) -> Image:
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     radius = (np.abs(axis[None]) ** 3 + np.abs(axis[:, None]) ** 3) ** (1 / 3)
     bumps = smooth_field(rng, side_um, 200.0) * 45.0 + smooth_field(rng, side_um, 40.0) * 6.0
-    return ((0.9 - radius) * side_um / 2 + bumps) / 60.0
+    margin = (1 - np.maximum(np.abs(axis[None]), np.abs(axis[:, None]))) * side_um / 2 - 15.0
+    return np.minimum((0.9 - radius) * side_um / 2 + bumps, margin) / 60.0
 
 
 def _vessels(rng: np.random.Generator, inside: Image, side_um: float) -> Floats:

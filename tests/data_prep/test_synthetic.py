@@ -5,7 +5,7 @@ import gzip
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -17,6 +17,16 @@ from scipy import sparse
 
 from data_prep.synthetic import SIZES, write_corpus
 from data_prep.synthetic.corpus import COLUMNS, sections, write_section
+from data_prep.synthetic.expression import (
+    CLASSES,
+    MOLECULE_SHARES,
+    cell_expression,
+    choose_genes,
+    expected_composition,
+    under_discs,
+)
+from data_prep.synthetic.render import Stain, render
+from data_prep.synthetic.tissue import NICHE_NEUTRAL, grow, niche
 from data_prep.synthetic.vendors import ANTIBODIES
 from storm import genes
 from storm.evaluate.baselines import colour_features, ridge_predict
@@ -271,3 +281,33 @@ def test_domains_share_morphology_or_genes(quick: Path) -> None:
     fields = [s.truth["latent"][:, -3:-2] for s in parts]
     assert contrast(fields, 1, 2).max() > 3 * contrast(fields, 0, 3).max()
     assert contrast(colours, 0, 3).max() > 2 * contrast(colours, 1, 2).max()
+
+
+def test_a_vessel_may_cross_the_edge_of_the_image() -> None:
+    tissue = grow(np.random.default_rng(0), 300.0)
+    vessels = np.array([[5.0, 5.0, 30.0], [298.0, 296.0, 30.0]])
+    stain = Stain(1.0, 1.0, 0.0, 243.0, folds=1, blurs=1)
+    rgb = render(np.random.default_rng(1), replace(tissue, vessels=vessels), stain, 1.0)
+    assert rgb.shape == (300, 300, 3)
+    for corner in (rgb[2, 2].astype(int), rgb[297, 297].astype(int)):
+        assert corner[0] > corner[1] + 60  # blood
+
+
+def test_niche_is_neutral_at_its_source_and_on_between_115_and_225_um() -> None:
+    away = np.array([0.0, 60.0, 115.0, 170.0, 225.0, 300.0])
+    found = niche(np.column_stack([away, 0 * away]), np.array([[0.0, 0.0, 30.0]]))
+    np.testing.assert_allclose(found, [NICHE_NEUTRAL, NICHE_NEUTRAL, 1, 1, 1, 0])
+
+
+def test_a_spot_is_the_sum_of_the_cells_under_it() -> None:
+    tissue = grow(np.random.default_rng(0), 400.0)
+    centre = tissue.xy_um.mean(0)
+    panel = choose_genes(100, 0)
+    under = under_discs(tissue, centre[None], 80.0)
+    cells = np.flatnonzero(np.hypot(*(tissue.xy_um - centre).T) <= 40.0)
+    assert under.indices.tolist() == cells.tolist() and len(cells) > 3
+    plain = cell_expression(panel, tissue.latent[cells], np.zeros(100)).sum(0)
+    found = expected_composition(panel, tissue, under, np.zeros(100))[0]
+    np.testing.assert_allclose(found, plain / plain.sum())
+    for kind, share in zip(CLASSES, MOLECULE_SHARES, strict=True):  # nothing leaks through the closure
+        assert found[panel.kind == kind].sum() == pytest.approx(share)
