@@ -34,7 +34,8 @@ class Fusion(nn.Module):
     """Level 2: one vector from what is known of a profile alone.
 
     Four tokens: morphology under the footprint, morphology of the window, expression, and the measurement (footprint
-    size, platform, organ, how much of footprint and window was readable). The last is always there and is read out.
+    size, platform, organ, how much of footprint and window was readable). Their mean is read out: on the residual each
+    of them reaches the next level from the first step on, which one read-out token alone would have to learn first.
     """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
@@ -61,7 +62,7 @@ class Fusion(nn.Module):
         context_RF = self.platform(batch["platform"]) + self.organ(batch["organ"])
         measure_RNF = self.measure(torch.cat([size_RN1, valid_RN2], dim=-1)) + context_RF[:, None]
         tokens = torch.cat([parts_RN3F, measure_RNF[:, :, None]], dim=2).flatten(0, 1)
-        return self.out(self.blocks(tokens)[:, -1]).unflatten(0, valid_RN2.shape[:2])
+        return self.out(self.blocks(tokens).mean(1)).unflatten(0, valid_RN2.shape[:2])
 
 
 class Storm(nn.Module):

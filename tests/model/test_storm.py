@@ -152,6 +152,17 @@ def test_equal_seeds_equal_weights() -> None:
     assert all(torch.equal(first[name], deeper[name]) for name in first)
 
 
+def test_a_new_model_already_carries_image_and_expression_to_the_profile(batch: Batch) -> None:
+    """Its blocks are the identity: without a way around them the first steps would learn from no tissue."""
+    model = Storm(CONFIG, N_GENES)
+    before = model(batch)["embedding"]
+    batch["tiles"][0] = 255 - batch["tiles"][0]
+    assert (model(batch)["embedding"][0] != before[0]).any()
+    before = model(batch)["embedding"]
+    batch["input_value"][0] += 1
+    assert (model(batch)["embedding"][0, 0] != before[0, 0]).any()
+
+
 def test_the_start_is_the_expected_composition(batch: Batch) -> None:
     model, share = Storm(CONFIG, N_GENES), torch.rand(N_GENES)
     model.set_gene_bias(share.log())
