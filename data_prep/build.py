@@ -7,6 +7,7 @@ only what is missing or whose files, row or config changed. Exit code 0, 1 where
 """
 
 import argparse
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -130,7 +131,7 @@ def build_slide(row: ManifestRow, store_dir: Path, config: PrepConfig, mark: str
         measured = platforms.reader(row.platform).read(row.measurement, row.spots)
     placed = place(row, slide, measured, config)
     mpp = placed.mpp.value
-    if mpp > config.tile_mpp * config.max_upsampling:
+    if mpp > 1.01 * config.tile_mpp * config.max_upsampling:  # 1.0004 um/px is 1 um/px
         raise ValueError(f"{row.image}: {mpp:.2f} um per pixel is too coarse for tiles of {config.tile_mpp} um per px; "
                          "give the full-resolution image, or raise max_upsampling")  # fmt: skip
     if measured:
@@ -183,7 +184,7 @@ def _child(row: ManifestRow, store_dir: Path, config: PrepConfig, answer: Connec
 def _answer(row: ManifestRow, process: Any, receiver: Connection) -> Outcome:
     """What a process that ended has sent, or how it died."""
     process.join()
-    if receiver.poll():
+    with contextlib.suppress(EOFError):  # it died before it could send
         outcome: Outcome = receiver.recv()
         return outcome
     reason = f"its process ended with code {process.exitcode} (see above; -9 is often a lack of memory); run again"

@@ -37,7 +37,7 @@ def _table(path: Path, index: bool) -> "pd.DataFrame":
         raise ValueError(f"{path}: no such file; correct the manifest")
     separator = "," if ".csv" in path.suffixes else "\t"
     try:
-        return pd.read_csv(path, sep=separator, index_col=0 if index else None)
+        return pd.read_csv(path, sep=separator, index_col=0 if index else None, low_memory=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: not readable as a table ({error}); restore the file") from error
 

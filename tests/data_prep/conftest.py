@@ -14,7 +14,7 @@ def corpus(tmp_path: Path) -> Path:
     folder = tmp_path / "corpus"
     (folder / "images").mkdir(parents=True)
     for name in ("v", "t", "i"):
-        write_tiff(folder / "images" / f"{name}.tif", tissue(1900, 2000))
+        write_tiff(folder / "images" / f"{name}.tif", tissue(950, 1000))
     write_visium(folder / "v" / "outs")
     write_st(folder / "t")
     rows = [

@@ -173,7 +173,7 @@ def test_st_spots_without_counts_are_reported(tmp_path: Path) -> None:
         (lambda t: t.replace("4\t4\t", "9\t9\t"), r"1 of 16 spots \(as 4x4\) are not in spots\.tsv"),
         (lambda t: t.replace("pixel_x", "px"), r"columns \['pixel_x'\] are missing"),
         (lambda t: t.replace("1\t2\t", "1\t1\t", 1), "spot 1x1 comes twice"),
-        (lambda t: t.replace("240.00", "", 1), "has no coordinates"),
+        (lambda t: t.replace("120.00", "", 1), "has no coordinates"),
         (lambda t: t.replace("\t1\n", "\t0\n"), "selects none of the 16 spots"),
     ],
 )
@@ -206,10 +206,9 @@ def test_inputs_are_the_files_that_are_read(tmp_path: Path) -> None:
 
 def test_real_her2st(real_data: Path) -> None:
     folder = real_data / "her2st" / "data"
-    spots = {"A1": 346, "A3": 0, "C1": 176, "C2": 187, "C3": 180, "C4": 184, "E1": 587, "G2": 467}
-    for name, expected in spots.items():
+    for name, expected in {"A1": 346, "C2": 187, "C3": 180}.items():
         found = st.read(folder / "ST-cnts" / f"{name}.tsv.gz", folder / "ST-spotfiles" / f"{name}_selection.tsv")
-        assert len(found.ids) == expected or not expected
+        assert len(found.ids) == expected
         assert align.lattice_fault(fit(found), "st", PrepConfig()) is None
         assert fit(found).mpp == pytest.approx(0.917 if name[0] == "A" else 0.688, rel=0.005)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import tifffile
 
 SYMBOLS = ("TP53", "EGFR", "ERBB2", "MKI67", "CD3E")
-MPP = 0.5
+MPP = 1.0
 
 
 def tissue(height: int, width: int) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,286 @@
+"""build: stores that are right, reproducible, current and free of traces; faults are listed while the rest goes on."""
+
+import json
+import multiprocessing
+import socket
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openslide
+import pytest
+import simplejpeg
+
+from data_prep import build, manifest, pack, platforms
+from storm import files, store
+from storm.config import PrepConfig
+from tests.data_prep.vendors import (
+    MPP,
+    SYMBOLS,
+    tissue,
+    write_manifest,
+    write_st,
+    write_tiff,
+    write_visium,
+)
+
+Built = Callable[..., tuple[int, Path]]
+
+
+def opened(folder: Path, slide_id: str) -> store.SlideStore:
+    return store.SlideStore(folder / f"{slide_id}{store.SUFFIX}")
+
+
+def test_stores_of_a_corpus(built: Built, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, folder = built()
+    assert code == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["i.zarr.zip", "t.zarr.zip", "v.zarr.zip"]
+    assert "3 built, 0 current, 0 failed" in capsys.readouterr().out
+    visium = opened(folder, "v")
+    measured = platforms.reader("visium").read(corpus / "v" / "outs", None)
+    profiles, genes = visium.profiles(), visium.genes()
+    assert profiles.ids == measured.ids
+    np.testing.assert_allclose(profiles.xy_um, measured.xy_px0 * visium.info.mpp)
+    assert sorted(genes.symbols) == sorted(SYMBOLS)
+    for name in SYMBOLS:  # each gene's counts, summed over the slide, went to that gene
+        total = measured.count[measured.column == measured.names.index(name)].sum()
+        assert profiles.count[profiles.gene == genes.symbols.index(name)].sum() == total
+    assert visium.info.mpp == pytest.approx(MPP, rel=1e-4)
+    assert (visium.info.mpp_source, opened(folder, "i").info.mpp_source) == ("lattice", "embedded")
+    image = opened(folder, "i")
+    assert (image.info.platform, len(image.profiles()), len(image.genes())) == ("unknown", 0, 0)
+    assert (opened(folder, "t").info.split, opened(folder, "t").info.section) == ("test", "t")
+
+
+def test_tiles_are_the_slides_pixels(built: Built, corpus: Path) -> None:
+    _, folder = built("jpeg_quality=100")
+    image = opened(folder, "i")
+    picture = tissue(950, 1000)
+    row, col = 2, 1
+    found = simplejpeg.decode_jpeg(image.jpeg(image.tile_index[row, col]))
+    truth = picture[row * 112 : row * 112 + 112, col * 112 : col * 112 + 112]
+    assert np.abs(found.astype(int) - truth).mean() < 3
+    # Tissue fills the left half; of an image alone nothing else is kept.
+    assert {c for _, c in image.tile_index} == {0, 1, 2, 3, 4}
+    assert len(image) == 9 * 5
+    numbers = [store.morton(r, c) for r, c in image.place.tolist()]
+    assert numbers == sorted(numbers)
+
+
+def test_every_tile_that_a_profile_reads_is_kept(built: Built) -> None:
+    _, folder = built("min_tissue=1")
+    found = opened(folder, "t")
+    tile_um = found.info.tile_um
+    for x, y in found.profiles().xy_um:
+        assert (int(y // tile_um), int(x // tile_um)) in found.tile_index
+
+
+def test_two_builds_are_byte_identical(built: Built, corpus: Path) -> None:
+    _, one = built()
+    _, other = built("--workers", "2", name="again")
+    for path in store.paths(one):
+        assert path.read_bytes() == (other / path.name).read_bytes(), path.name
+
+
+def test_a_rerun_builds_only_what_changed(built: Built, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def states(*words: str) -> dict[str, str]:
+        capsys.readouterr()
+        built(*words)
+        lines = [line.split(": ") for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+        return {line[0]: line[1] for line in lines if line[0] in {"v", "t", "i"}}
+
+    assert set(states().values()) == {"built"}
+    assert set(states().values()) == {"current"}
+    assert set(states("max_profiles=9", "seed=3").values()) == {"current"}  # pack's keys
+    assert set(states("jpeg_quality=80").values()) == {"built"}
+    assert set(states("jpeg_quality=80").values()) == {"current"}
+    write_tiff(corpus / "images" / "i.tif", tissue(950, 1000)[::-1].copy())
+    assert states("jpeg_quality=80") == {"v": "current", "t": "current", "i": "built"}
+    path = corpus / "manifest.csv"
+    path.write_text(path.read_text().replace("d2", "d9"))
+    assert states("jpeg_quality=80") == {"v": "current", "t": "built", "i": "current"}
+
+
+def test_a_damaged_store_is_built_again(built: Built) -> None:
+    _, folder = built()
+    path = folder / "v.zarr.zip"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert built()[0] == 0
+    assert path.read_bytes() == whole
+
+
+def test_faults_are_listed_and_the_rest_goes_on(built: Built, corpus: Path, tmp_path: Path) -> None:
+    (corpus / "images" / "broken.svs").write_bytes(b"no slide")
+    write_tiff(corpus / "images" / "no_mpp.tif", tissue(300, 300), mpp=None)
+    write_visium(corpus / "stranger" / "outs", suffix="-7")
+    write_visium(corpus / "odd" / "outs", genes=["AAA1X", "BBB2X", "CCC3X", "TP53", "EGFR"])
+    rows = [
+        {"slide_id": "good", "image": "images/i.tif", "platform": "image"},
+        {"slide_id": "broken", "image": "images/broken.svs", "platform": "image"},
+        {"slide_id": "absent", "image": "images/absent.svs", "platform": "image"},
+        {"slide_id": "no_mpp", "image": "images/no_mpp.tif", "platform": "image"},
+        {"slide_id": "stranger", "image": "images/v.tif", "measurement": "stranger/outs", "platform": "visium"},
+        {"slide_id": "odd", "image": "images/v.tif", "measurement": "odd/outs", "platform": "visium"},
+        {"slide_id": "small", "image": "images/no_mpp.tif", "measurement": "v/outs", "platform": "visium"},
+        {"slide_id": "coarse", "image": "images/i.tif", "platform": "image", "mpp": "2.5"},
+        {"slide_id": "bomb", "image": "bomb.png", "platform": "image", "mpp": "1"},
+    ]
+    cv2.imwrite(str(corpus / "bomb.png"), np.zeros((2000, 1000, 3), np.uint8))
+    path = write_manifest(corpus / "faults.csv", rows)
+    code, folder = built("max_image_mpx=1", manifest=path)
+    assert code == 1
+    reasons = json.loads((folder / build.FAILURES).read_text())
+    assert [p.name for p in store.paths(folder)] == ["good.zarr.zip"]
+    expected = {
+        "broken": "broken.svs: is no slide",
+        "absent": "absent.svs: no such file; correct the manifest",
+        "no_mpp": "no_mpp.tif: the pixel size (mpp) is unknown; give um per pixel in the column mpp",
+        "stranger": "64 of 64 barcodes",
+        "odd": "only 40.0 % of the columns map to human genes",
+        "small": "of 64 profiles lie beside the image (300 x 300 px)",
+        "coarse": "2.50 um per pixel is too coarse",
+        "bomb": "2 megapixels would be decoded at once, max_image_mpx is 1",
+    }
+    assert reasons.keys() == expected.keys()
+    for slide_id, text in expected.items():
+        assert text in reasons[slide_id], slide_id
+        assert str(tmp_path) not in reasons[slide_id]
+    write_manifest(path, rows[:1])
+    assert built("max_image_mpx=1", manifest=path)[0] == 0
+    assert not (folder / build.FAILURES).exists()
+
+
+def test_wrong_usage_is_2(built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert built(manifest=tmp_path / "absent.csv")[0] == 2
+    assert "no such manifest" in capsys.readouterr().err
+    assert built("tile_pxx=3")[0] == 2
+    assert "tile_pxx is no key (nearest: tile_px)" in capsys.readouterr().err
+
+
+def test_a_process_that_dies_is_listed(tmp_path: Path) -> None:
+    class Died:
+        exitcode = -9
+
+        def join(self) -> None:
+            pass
+
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    sender.close()
+    row = manifest.ManifestRow("a", tmp_path)
+    assert "ended with code -9" in build._answer(row, Died(), receiver).reason
+
+
+def test_an_alignment_maps_the_measurement_onto_another_image(built: Built, corpus: Path) -> None:
+    write_tiff(corpus / "images" / "half.tif", tissue(500, 520), mpp=None)
+    (corpus / "half.csv").write_text("0.5,0,10\n0,0.5,20\n0,0,1\n")
+    rows = [{"slide_id": "h", "image": "images/half.tif", "measurement": "v/outs", "platform": "visium",
+             "alignment": "half.csv"}]  # fmt: skip
+    code, folder = built("max_upsampling=3", manifest=write_manifest(corpus / "m.csv", rows))
+    info = opened(folder, "h").info
+    assert code == 0
+    assert (info.mpp, info.alignment_source) == (pytest.approx(2 * MPP, rel=1e-4), "file")
+    first = opened(folder, "h").profiles().xy_um[0]
+    np.testing.assert_allclose(first, [60 + 10 * info.mpp, 80 + 20 * info.mpp], rtol=1e-3)
+
+
+def test_a_manifests_mpp_overrides_a_bad_lattice(built: Built, corpus: Path) -> None:
+    write_st(corpus / "rough", jitter_um=60)
+    row = {"slide_id": "r", "image": "images/t.tif", "measurement": "rough/counts.tsv.gz", "platform": "st",
+           "spots": "rough/spots.tsv"}  # fmt: skip
+    assert built(manifest=write_manifest(corpus / "m.csv", [row]))[0] == 1
+    code, folder = built(manifest=write_manifest(corpus / "m.csv", [row | {"mpp": str(MPP)}]))
+    info = opened(folder, "r").info
+    assert (code, info.mpp, info.mpp_source) == (0, MPP, "manifest")
+    assert any("lattice" in note for note in info.facts["notes"])
+
+
+def test_columns_of_one_gene_are_summed(built: Built, corpus: Path) -> None:
+    genes = ["TP53", "ENSG00000141510.3", "BLANK-01", "EGFR", "CD3E"]
+    outs = write_visium(corpus / "double" / "outs", genes=genes)
+    rows = [{"slide_id": "d", "image": "images/v.tif", "measurement": "double/outs", "platform": "visium"}]
+    _, folder = built(manifest=write_manifest(corpus / "m.csv", rows))
+    found, measured = opened(folder, "d"), platforms.reader("visium").read(outs, None)
+    assert set(found.genes().symbols) == {"TP53", "EGFR", "CD3E"}
+    table = found.genes()
+    total = found.profiles().count[found.profiles().gene == table.index["ENSG00000141510"]].sum()
+    assert total == measured.count[measured.column < 2].sum()
+    assert found.info.facts["controls"] == 1
+
+
+def test_a_slide_without_a_manifest(corpus: Path, tmp_path: Path) -> None:
+    row = manifest.ManifestRow("alone", corpus / "images" / "v.tif", corpus / "v" / "outs", "visium")
+    path = build.build_slide(row, tmp_path / "out", PrepConfig())
+    found = store.SlideStore(path)
+    assert (found.info.section, found.info.donor, len(found.profiles())) == ("alone", "unknown", 64)
+
+
+MARK = "mArKeR"
+
+
+def everything_in(path: Path) -> bytes:
+    """All bytes of a file, and for an archive those of its arrays too."""
+    data = path.read_bytes()
+    if path.name.endswith(store.SUFFIX):
+        found = store.SlideStore(path)
+        names = ["profiles/ids", "genes/ids", "genes/symbols"]
+        data += b"".join(found._array(name).tobytes() for name in names) + repr(found.info).encode()
+        with zipfile.ZipFile(path) as archive:
+            data += b"".join(archive.read(name) + name.encode() for name in archive.namelist())
+    return data
+
+
+def marked_slide(path: Path) -> Path:
+    """An Aperio-like slide with a marker in its description, in its tags, and in an associated image."""
+    description = f"Aperio Image Library v1 {MARK}\r\n2000x1900|User = {MARK}|MPP = {MPP}|AppMag = 20|Host = {MARK}"
+    # ASCII tags: 269 document name, 305 software, 315 artist, 316 host computer
+    tags = [(code, "s", 0, f"{MARK} /home/{MARK}/x", True) for code in (269, 315, 316)]
+    return write_tiff(path, tissue(950, 1000), levels=1, description=description, software=MARK, extratags=tags)
+
+
+def test_no_trace_of_people_and_machines(built: Built, corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        openslide.OpenSlide, "associated_images", property(lambda self: pytest.fail("label or macro was read"))
+    )
+    monkeypatch.setattr(socket, "gethostname", lambda: MARK)
+    for variable in ("USER", "LOGNAME", "HOSTNAME"):
+        monkeypatch.setenv(variable, MARK)
+    folder = corpus / f"{MARK}_folder"
+    folder.mkdir()
+    slide = openslide.OpenSlide(marked_slide(folder / f"{MARK}.svs"))
+    planted = [value for value in slide.properties.values() if MARK in value]
+    assert (slide.properties["openslide.vendor"], len(planted) > 2) == ("aperio", True)
+    write_visium(folder / "outs")
+    rows = [
+        {"slide_id": "a", "image": f"{MARK}_folder/{MARK}.svs", "measurement": f"{MARK}_folder/outs",
+         "platform": "visium"},
+        {"slide_id": "b", "image": f"{MARK}_folder/absent.svs", "platform": "image"},
+    ]  # fmt: skip
+    code, stores = built(manifest=write_manifest(corpus / "m.csv", rows))
+    assert code == 1
+    assert pack.main(["--store", str(stores), "--out", str(tmp_path / "shards"), "tile_px=112", "tile_mpp=1.0"]) == 0
+    outputs = [p for f in (stores, tmp_path / "shards") for p in f.rglob("*") if p.is_file()]
+    assert {p.name for p in outputs} >= {"a.zarr.zip", "failures.json", "manifest.json", "000000.tar", "index.npz"}
+    secrets = [MARK, str(tmp_path), "/home/", "ImageDescription"]
+    for path in outputs:
+        data = everything_in(path)
+        for secret in secrets:
+            assert secret.encode() not in data, f"{secret} in {path.name}"
+
+
+def test_whole_slides_of_real_scanners(built: Built, real_data: Path, tmp_path: Path) -> None:
+    fixtures = "wsi/tests/fixtures"
+    names = {"good": "svs-images/cmu-1-small-region.svs", "broken": "svs-images/broken.svs", "bad": "unreadable.svs"}
+    rows = [{"slide_id": k, "image": f"{fixtures}/{v}", "platform": "image"} for k, v in names.items()]
+    path = write_manifest(tmp_path / "m.csv", rows)
+    code, folder = built("--root", str(real_data), manifest=path)
+    assert code == 1
+    assert [p.name for p in store.paths(folder)] == ["good.zarr.zip"]
+    reasons = files.read_json(folder / build.FAILURES)
+    assert "is no slide" in reasons["broken"]
+    assert "1 of 1 tiles do not decode" in reasons["bad"]
+    info = opened(folder, "good").info
+    assert (info.mpp, info.mpp_source) == (0.499, "embedded")
+    assert info.facts["slide"] == {"reader": "openslide", "objective_power": 20.0, "levels": 1.0}

@@ -1,0 +1,275 @@
+"""pack: splits that keep donors whole, groups that lose nothing, the same bytes twice, a manifest that says it all."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep import build, pack, splits, vocabulary
+from storm import files, genes, schema, shards, store
+from storm.config import PrepConfig, load
+from tests.conftest import PREP_TINY
+
+CONFIG = load(PrepConfig, PREP_TINY)
+INFO = store.SlideInfo(
+    slide_id="s", section="s", donor="d", study="t", organ="skin", species="human", platform="visium", split="",
+    mpp=0.5, mpp_source="manifest", width_px0=2000, height_px0=2000, tile_px=112, tile_mpp=1.0,
+    alignment=np.eye(3).tolist(), alignment_source="", residual_px0=None,
+)  # fmt: skip
+
+
+def info(slide_id: str, donor: str, split: str = "", section: str = "", **other: str) -> store.SlideInfo:
+    return dataclasses.replace(INFO, slide_id=slide_id, donor=donor, split=split, section=section or slide_id, **other)
+
+
+def groups_of(folder: Path) -> list[tuple[str, str, schema.Group]]:
+    """(split, key, group) of a whole shard set."""
+    opened = shards.ShardSet(folder)
+    found = []
+    for split in opened.manifest["splits"]:
+        index = opened.index(split)
+        found += [(split, index.keys[i], opened.read(split, index, i)) for i in range(len(index))]
+    return found
+
+
+def write_store(folder: Path, what: store.SlideInfo, n: int, genes_: tuple[str, ...] = ("G1", "G2", "G3")) -> None:
+    """A store of n profiles on a line of tiles, one tile each."""
+    rng = np.random.default_rng(n)
+    counts = rng.integers(1, 5, (n, len(genes_)))
+    profiles = schema.Profiles(
+        [f"p{i}" for i in range(n)], np.array([[112.0 * i + 56, 56.0] for i in range(n)]).reshape(n, 2),
+        np.full(n, 55, np.float32), np.zeros(n, np.uint8), np.arange(n + 1, dtype=np.int64) * len(genes_),
+        np.tile(np.arange(len(genes_), dtype=np.int32), n), counts.reshape(-1).astype(np.int32),
+    )  # fmt: skip
+    tiles = [store.Tile(0, i, bytes([i % 256]) * 50, 1.0) for i in range(n)]
+    what = dataclasses.replace(what, facts={"profiles": n, "notes": []})
+    store.write(folder, what, tiles, profiles, genes.GeneTable(genes_, genes_))
+
+
+def test_each_profile_is_in_exactly_one_group_with_its_own_counts(tiny_shards: Path, tiny_store: Path) -> None:
+    table = shards.ShardSet(tiny_shards).genes
+    seen: dict[tuple[str, str], dict[str, int]] = {}
+    for _, _, group in groups_of(tiny_shards):
+        p = group.profiles
+        for i, name in enumerate(p.ids):
+            assert (group.meta.slide, name) not in seen
+            span = slice(p.indptr[i], p.indptr[i + 1])
+            assert (np.diff(p.gene[span]) > 0).all()
+            seen[group.meta.slide, name] = {
+                table.ids[g]: c for g, c in zip(p.gene[span], p.count[span].tolist(), strict=True)
+            }
+    for path in store.paths(tiny_store):
+        opened = store.SlideStore(path)
+        own, p = opened.genes(), opened.profiles()
+        for i, name in enumerate(p.ids):
+            span = slice(p.indptr[i], p.indptr[i + 1])
+            counts = {own.ids[g]: c for g, c in zip(p.gene[span], p.count[span].tolist(), strict=True)}
+            assert seen.pop((opened.info.slide_id, name)) == counts
+    assert not seen
+
+
+def test_groups_are_bounded_and_hold_the_tiles_their_profiles_read(tiny_shards: Path, tiny_store: Path) -> None:
+    sizes: dict[str, list[int]] = {}
+    for split, key, group in groups_of(tiny_shards):
+        assert key.startswith(f"{group.meta.slide}_")
+        assert split == shards.ShardSet(tiny_shards).manifest["slides"][group.meta.slide]["split"]
+        opened = store.SlideStore(tiny_store / f"{group.meta.slide}{store.SUFFIX}")
+        tile_um = group.meta.tile_um
+        sizes.setdefault(group.meta.slide, []).append(len(group.profiles))
+        for xy, g in zip(group.profiles.xy_um, group.region, strict=True):
+            region = group.meta.regions[g]
+            col, row = ((xy - region.origin_um) // tile_um).astype(int)
+            assert 0 <= row < region.rows
+            assert 0 <= col < region.cols
+            assert (int(g), int(row), int(col)) in group.tiles
+        for (g, row, col), data in group.tiles.items():
+            x_um, y_um = group.meta.regions[g].origin_um
+            place = (row + round(y_um / tile_um), col + round(x_um / tile_um))
+            assert data == opened.jpeg(opened.tile_index[place])
+    for numbers in sizes.values():
+        assert len(numbers) == 1 or min(numbers) >= CONFIG.min_profiles
+
+
+def test_groups_of_slides_are_mixed(tmp_path: Path) -> None:
+    for i in range(3):
+        write_store(tmp_path / "stores", info(f"s{i}", f"d{i}"), 120)
+    words = ["--store", str(tmp_path / "stores"), "--out", str(tmp_path / "out"), "--config", str(PREP_TINY)]
+    assert pack.main([*words, "min_profiles=6"]) == 0
+    slides = [group.meta.slide for _, _, group in groups_of(tmp_path / "out")]
+    changes = sum(a != b for a, b in itertools.pairwise(slides))
+    assert len(slides) >= 45
+    assert changes > len(slides) / 3  # in the order of slides there would be 2
+
+
+def test_two_packs_are_byte_identical_and_the_seed_matters(tiny_shards: Path, tiny_store: Path, tmp_path: Path) -> None:
+    def content(folder: Path) -> dict[str, str]:
+        return {str(p.relative_to(folder)): files.sha256_file(p) for p in folder.rglob("*") if p.is_file()}
+
+    words = ["--store", str(tiny_store), "--config", str(PREP_TINY)]
+    assert pack.main([*words, "--out", str(tmp_path / "again")]) == 0
+    assert content(tmp_path / "again") == content(tiny_shards)
+    assert pack.main([*words, "--out", str(tmp_path / "other"), "seed=1"]) == 0
+    assert content(tmp_path / "other")["train/000000.tar"] != content(tiny_shards)["train/000000.tar"]
+
+
+def test_a_rerun_does_nothing_until_something_changed(
+    tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["--store", str(tiny_store), "--out", str(out), "--config", str(PREP_TINY)]
+
+    def ran(*more: str) -> bool:
+        capsys.readouterr()
+        assert pack.main([*words, *more]) == 0
+        return "current, nothing to do" not in capsys.readouterr().out
+
+    assert ran()
+    before = (out / "manifest.json").stat().st_mtime_ns
+    assert not ran()
+    assert (out / "manifest.json").stat().st_mtime_ns == before
+    assert ran("min_profiles=20")
+    assert not ran("min_profiles=20")
+    tar = out / "train" / "000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    assert ran("min_profiles=20")
+    assert shards.verify(out) == []
+
+
+def test_a_failed_pack_leaves_the_old_set(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    pack.pack(tiny_store, out, CONFIG)
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack.shards, "write_split", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pack.pack(tiny_store, out, CONFIG.model_copy(update={"seed": 5}))
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+    assert shards.verify(out) == []
+
+
+def test_a_folder_of_other_things_is_not_replaced(tiny_store: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds 'thesis\.txt', which is no part of a shard set"):
+        pack.pack(tiny_store, tmp_path, CONFIG)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_the_shard_manifest(tiny_shards: Path, tiny_store: Path) -> None:
+    opened = shards.ShardSet(tiny_shards)
+    manifest = opened.manifest
+    assert manifest["prep"] == CONFIG.model_dump()
+    assert (manifest["tile_px"], manifest["split_by"], manifest["seed"]) == (112, "donor", 0)
+    assert manifest["gene_hash"] == opened.genes.hash
+    assert opened.genes.share is not None
+    assert opened.genes.share.min() > 0
+    assert opened.genes.share.sum() == pytest.approx(1)
+    for slide_id, entry in manifest["slides"].items():
+        path = tiny_store / f"{slide_id}{store.SUFFIX}"
+        assert entry["store_sha256"] == files.sha256_file(path)
+        own = store.SlideStore(path).genes()
+        assert {opened.genes.ids[g] for g in np.flatnonzero(opened.panels[entry["panel"]])} == set(own.ids)
+    reference = genes.unpack_panel(manifest["reference"]["panel"], len(opened.genes))
+    train = [opened.panels[e["panel"]] for e in manifest["slides"].values() if e["split"] == "train"]
+    np.testing.assert_array_equal(reference, np.any(train, axis=0))
+    assert manifest["reference"]["platform"] in manifest["platforms"]
+    assert sum(study["profiles"] for study in manifest["licenses"].values()) == sum(
+        entry["profiles"] for entry in manifest["splits"].values()
+    )
+
+
+def test_a_donor_in_two_splits_needs_split_by_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_store(tmp_path / "stores", info("a", "d1", "train"), 12)
+    write_store(tmp_path / "stores", info("b", "d1", "test"), 12)
+    words = ["--store", str(tmp_path / "stores"), "--out", str(tmp_path / "out"), "--config", str(PREP_TINY)]
+    assert pack.main(words) == 2
+    assert "donor 'd1' of study 't' is in two splits: slide a in train, slide b in test" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert pack.main([*words, "split_by=section"]) == 0
+    assert "SPLIT BY SECTION" in capsys.readouterr().out
+    assert shards.ShardSet(tmp_path / "out").manifest["split_by"] == "section"
+
+
+def test_wrong_tiles_no_training_slide_and_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stores = tmp_path / "stores"
+    write_store(stores, info("a", "d1", "test"), 12)
+    words = ["--store", str(stores), "--out", str(tmp_path / "out")]
+    assert pack.main(words) == 2
+    assert "tiles of 112 px at 1.0 um, the config says 224 px" in capsys.readouterr().err
+    assert pack.main([*words, "--config", str(PREP_TINY)]) == 2
+    assert "no slide with profiles is in split train" in capsys.readouterr().err
+    write_store(stores, info("b", "d2", "train"), 12)
+    write_store(stores, info("c", "d3", "train"), 12)
+    files.write_json(stores / build.FAILURES, {"c": "its slide is damaged"})
+    assert pack.main([*words, "--config", str(PREP_TINY)]) == 0
+    assert "1 slides failed to build and are left out: c" in capsys.readouterr().out
+    assert set(shards.ShardSet(tmp_path / "out").manifest["slides"]) == {"a", "b"}
+
+
+def test_counts_bound_the_size_of_a_sample(tmp_path: Path) -> None:
+    write_store(tmp_path, dataclasses.replace(info("a", "d1"), platform="xenium"), 300)
+    opened = store.SlideStore(tmp_path / "a.zarr.zip")
+    profiles = opened.profiles()
+    profiles.xy_um[:] = 50.0  # all in one region
+    for config, largest in ((CONFIG, 300), (CONFIG.model_copy(update={"max_profiles": 40}), 40),
+                            (CONFIG.model_copy(update={"max_group_mb": 0.001}), 41)):  # fmt: skip
+        parts = [len(r.profiles) for members in pack.plan_groups(opened, profiles, config) for r, _ in members]
+        assert sum(parts) == 300
+        assert largest / 2 < max(parts) <= largest
+
+
+slides = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), min_size=1, max_size=12)
+
+
+@given(slides, st.sampled_from([0.0, 0.3]), st.sampled_from([0.0, 0.2]), st.integers(0, 3))
+def test_assigned_splits_keep_donors_and_sections_whole(
+    rows: list[tuple[int, int]], test_share: float, val_share: float, seed: int
+) -> None:
+    config = PrepConfig(test_share=test_share, val_share=val_share, seed=seed)
+    infos = [info(f"s{i}", f"d{donor}", section=f"c{cut}") for i, (donor, cut) in enumerate(rows)]
+    found = splits.assign(infos, config)
+    assert found.keys() == {i.slide_id for i in infos}
+    for one in infos:
+        for other in infos:
+            if one.donor == other.donor or one.section == other.section:
+                assert found[one.slide_id] == found[other.slide_id]
+    assert splits.assign(infos[::-1], config) == found
+    if not test_share and not val_share:
+        assert set(found.values()) == {"train"}
+
+
+def test_shares_of_donors_are_met_and_told_splits_stay() -> None:
+    infos = [info(f"s{i}", f"d{i}") for i in range(20)] + [info("told", "d20", "val"), info("mate", "d20")]
+    found = splits.assign(infos, PrepConfig(test_share=0.25, val_share=0.1))
+    blank = [found[f"s{i}"] for i in range(20)]
+    assert [blank.count(split) for split in schema.SPLITS] == [13, 2, 5]
+    assert found["mate"] == "val"
+
+
+def test_shares_of_one_panel_are_the_mean_composition() -> None:
+    counts = np.array([[600.0, 400.0], [0.0, 10000.0]])
+    share = vocabulary.shares(counts, np.ones((2, 2), bool))
+    np.testing.assert_allclose(share, [0.3, 0.7], atol=1e-3)
+
+
+def test_shares_across_panels_are_consistent() -> None:
+    truth = np.array([0.5, 0.3, 0.15, 0.05])
+    measured = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]], bool)
+    share = vocabulary.shares(np.where(measured, 1e9 * truth, 0), measured)
+    np.testing.assert_allclose(share, truth, rtol=1e-3)
+
+
+def test_a_gene_that_only_a_test_slide_measured_has_the_smallest_share(tmp_path: Path) -> None:
+    write_store(tmp_path, info("a", "d1", "train"), 12, ("G1", "G2"))
+    write_store(tmp_path, info("b", "d2", "test"), 12, ("G2", "G9"))
+    found = vocabulary.collect([(tmp_path / "a.zarr.zip", "train"), (tmp_path / "b.zarr.zip", "test")])
+    assert found.table.ids == ("G1", "G2", "G9")
+    assert found.table.share is not None
+    assert found.table.share[2] == found.table.share.min() > 0
+    assert found.panel_of["a"] != found.panel_of["b"]
