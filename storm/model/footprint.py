@@ -81,19 +81,16 @@ class FootprintReader(nn.Module):
         _, rows, cols = tile_at.shape
         x, weight_x = nearest_patches(centre_RN2[..., :1] + offset_S, self.patch_um, cols * self.side)
         y, weight_y = nearest_patches(centre_RN2[..., 1:] + offset_S, self.patch_um, rows * self.side)
-        tile = (y // self.side)[..., :, None] * cols + (x // self.side)[
-            ..., None, :
-        ]  # [R, N, A, A], place in the region
-        patch = (y % self.side)[..., :, None] * self.side + (x % self.side)[..., None, :]
-        packed = tile_at.flatten(1).gather(1, tile.flatten(1)).view_as(tile)
-        weight_RNAA = weight_y[..., :, None] * weight_x[..., None, :] * shape_AA
-        full_RN = shape_AA.expand_as(weight_RNAA).sum((-2, -1)) / 4  # each point has four patches of summed weight 1
-        weight_RNAA = weight_RNAA * (packed >= 0)
-        sum_RN = weight_RNAA.sum((-2, -1))
-        share = weight_RNAA / sum_RN.clamp_min(1e-12)[..., None, None]
-        index = packed.clamp_min(0) * self.side**2 + patch
-        flat_MD = map_TPD.flatten(0, 1).to(share.dtype)
-        mean_MD = F.embedding_bag(
-            index.flatten(0, 1).flatten(1), flat_MD, per_sample_weights=share.flatten(0, 1).flatten(1), mode="sum"
-        )
-        return mean_MD.unflatten(0, centre_RN2.shape[:2]), sum_RN / full_RN
+        y, x = y[..., :, None], x[..., None, :]
+        place_RNAA = (y // self.side) * cols + x // self.side  # of the tile in the region
+        tile_RNAA = tile_at.flatten(1).gather(1, place_RNAA.flatten(1)).view_as(place_RNAA)
+        patch_RNAA = tile_RNAA.clamp_min(0) * self.side**2 + (y % self.side) * self.side + x % self.side
+
+        weight_RNAA = weight_y[..., :, None] * weight_x[..., None, :] * shape_AA * (tile_RNAA >= 0)
+        read_RN = weight_RNAA.sum((-2, -1))
+        points_RN = shape_AA.expand_as(weight_RNAA).sum((-2, -1)) / 4  # a point is four patches of summed weight 1
+        share_RNAA = weight_RNAA / read_RN.clamp_min(1e-12)[..., None, None]
+        map_MD = map_TPD.flatten(0, 1).to(share_RNAA.dtype)
+        bags, shares = (a.flatten(0, 1).flatten(1) for a in (patch_RNAA, share_RNAA))  # a bag is a profile's patches
+        mean = F.embedding_bag(bags, map_MD, per_sample_weights=shares, mode="sum")
+        return mean.unflatten(0, centre_RN2.shape[:2]), read_RN / points_RN

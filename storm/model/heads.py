@@ -104,15 +104,15 @@ class TileHead(ZeroLinear):
 
 
 def expected_log1p(mu: Tensor, r: Tensor, scale: Tensor | float) -> Tensor:
-    """E[log1p(scale * count)] of negative binomial counts of mean `mu` and size `r` (shapes broadcast).
+    """E[log1p(scale * count)] of negative binomial counts of mean `mu` and size `r`; shapes broadcast.
 
     Exact up to quadrature (relative error below 1e-4): log(1 + y) is the integral of (1 - exp(-y t)) exp(-t) / t over
     t > 0, and the expectation of exp(-s count) is (1 + mu / r * (1 - exp(-s)))^-r. The trapezoid rule in log t is
     fast, because the integrand is analytic around the real axis.
     """
-    step, total = 0.75, torch.zeros_like(mu)
+    step, total = 0.75, mu.new_zeros(())
     for i in range(-30, 5):
         t = math.exp(i * step)
         reach = -torch.expm1(-t * torch.as_tensor(scale, dtype=mu.dtype, device=mu.device))
-        total -= step * math.exp(-t) * torch.expm1(-r * torch.log1p(mu / r * reach))
+        total = total - step * math.exp(-t) * torch.expm1(-r * torch.log1p(mu / r * reach))
     return total

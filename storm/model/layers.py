@@ -81,8 +81,8 @@ class RMSNorm(nn.RMSNorm):
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU, with RMSNorm on queries and keys and without biases.
 
-    Both branches end in a ZeroLinear: a new block is the identity, so that at any depth the first gradients reach the
-    embeddings undistorted; a stack trained from scratch needs it most.
+    Both branches end in a ZeroLinear: a new block is the identity, so that the first gradients reach the embeddings
+    undistorted at any depth.
     """
 
     def __init__(self, width: int, head_width: int) -> None:

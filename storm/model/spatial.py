@@ -49,7 +49,8 @@ class Space(nn.Module):
         context_RL = torch.cat([context_RL.new_ones(regions, n), context_RL], dim=1)
         place_um_RL2 = torch.cat([place_um_RL2.new_zeros(regions, n, 2), place_um_RL2], dim=1)
 
-        first_RL = (~context_RL).byte().argsort(dim=1, stable=True)  # context before queries
+        # Context before queries: the keys are then the first m tokens, and the cost is tokens x context.
+        first_RL = (~context_RL).byte().argsort(dim=1, stable=True)
         m = int(context_RL.sum(1).max())
         code = rotation(take(place_um_RL2, first_RL), self.head_width, *WAVELENGTHS_UM)
         x_RLD = self.blocks(take(x_RLD, first_RL), code, take(context_RL, first_RL)[:, :m])
