@@ -92,7 +92,8 @@ def under_discs(tissue: Tissue, centres_um: Floats, diameter_um: float) -> spars
 
 def expected_composition(panel: GenePanel, tissue: Tissue, incidence: sparse.csr_array, shift: Floats) -> Floats:
     """The oracle [N, G]: the share of molecules expected in each profile, given the latents of the cells under it."""
-    total = incidence @ cell_expression(panel, tissue.latent, shift)
+    used = np.unique(incidence.indices)  # most cells lie between the spots
+    total = incidence[:, used] @ cell_expression(panel, tissue.latent[used], shift)
     return total / total.sum(1, keepdims=True)
 
 
