@@ -118,7 +118,9 @@ def test_visium_positions_give_the_pixel_size_and_join_the_matrix(synthetic_tiny
     assert factors["spot_diameter_fullres"] == pytest.approx(65 / mpp)
     with openslide.OpenSlide(synthetic_tiny / row["image"]) as slide:
         hires = cv2.imread(str(outs / "spatial" / "tissue_hires_image.png"))
-        assert hires is not None and hires.shape[1] == pytest.approx(slide.dimensions[0] * factors["tissue_hires_scalef"], abs=1)
+        assert hires is not None and hires.shape[1] == pytest.approx(
+            slide.dimensions[0] * factors["tissue_hires_scalef"], abs=1
+        )
 
 
 def test_visium_matrix_has_known_genes_and_antibodies(synthetic_tiny: Path) -> None:
