@@ -91,8 +91,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     model = files.read_json(checkpoint / "model.json")
     model["model"]["space_width"] = 48
     files.write_json(checkpoint / "model.json", model)
-    sums = {path.name: files.sha256_file(path) for path in checkpoint.iterdir()}
-    files.write_json(checkpoint / "COMPLETE", {"files": sums, "step": 1, "code_version": "x", "storm_version": "x"})
+    untrained.seal(checkpoint)
     with pytest.raises(ValueError, match=r"model\.safetensors: weights of another model"):
         export.export(checkpoint, tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -148,8 +147,7 @@ def test_study_names_cannot_break_the_card(tmp_path: Path) -> None:
     reference = files.read_json(checkpoint / "reference.json")
     reference["studies"] = {"<script>|x\n# y": {"slides": 1, "profiles": 1}}
     files.write_json(checkpoint / "reference.json", reference)
-    sums = {path.name: files.sha256_file(path) for path in checkpoint.iterdir()}
-    files.write_json(checkpoint / "COMPLETE", {"files": sums, "step": 1, "code_version": "x", "storm_version": "x"})
+    untrained.seal(checkpoint)
     card = (export.export(checkpoint, tmp_path / "model") / "README.md").read_text()
     assert "| &lt;script&gt;&#124;x # y | 1 | 1 |" in card
 

@@ -80,17 +80,42 @@ def reference(panel_genes: int = 32, split_by: str = "donor") -> dict[str, objec
     }  # fmt: skip
 
 
+def shards_checkpoint(shards: Path, run: Path) -> Path:
+    """The checkpoint of an untrained model for the genes, tiles and reference of a shard set."""
+    manifest = files.read_json(shards / "manifest.json")
+    table = genes.GeneTable.read(shards / "genes.tsv")
+    config = dataclasses.replace(MODEL, tile_px=manifest["tile_px"], tile_mpp=manifest["tile_mpp"])
+    counted = {"slides": 1, "profiles": 1}
+    own = manifest["reference"] | {
+        "spots_side": manifest["prep"]["spots_side"], "gene_hash": table.hash, "split_by": manifest["split_by"],
+        "shards_hash": files.sha256_file(shards / "manifest.json"), "seed": 0, "licenses": manifest["licenses"],
+        "studies": {"s": counted}, "organs": {"o": counted}, "platforms": dict.fromkeys(manifest["platforms"], counted),
+    }  # fmt: skip
+    return _write(run / "checkpoints" / "step_0000020", config, table, own, 20)
+
+
 def write_checkpoint(run: Path, step: int = 20, complete: bool = True, split_by: str = "donor") -> Path:
     """A checkpoint of `run` as training leaves it, without the engine's own files."""
     folder = run / "checkpoints" / f"step_{step:07d}"
+    return _write(folder, MODEL, GENES, reference(split_by=split_by), step, complete)
+
+
+def _write(
+    folder: Path, config: ModelConfig, table: genes.GeneTable, own: dict[str, object], step: int, complete: bool = True
+) -> Path:
     folder.mkdir(parents=True)
-    save_file(weights(), folder / "model.safetensors")
-    files.write_json(folder / "model.json", {"model": dataclasses.asdict(MODEL), "n_genes": 40})
-    files.write_bytes(folder / "genes.tsv", GENES.to_tsv())
-    files.write_json(folder / "reference.json", reference(split_by=split_by))
+    save_file(weights(config, len(table)), folder / "model.safetensors")
+    files.write_json(folder / "model.json", {"model": dataclasses.asdict(config), "n_genes": len(table)})
+    files.write_bytes(folder / "genes.tsv", table.to_tsv())
+    files.write_json(folder / "reference.json", own)
     files.write_bytes(folder / "config.yaml", b"run_dir: /home/somebody/runs\n")
     if complete:
-        sums = {path.name: files.sha256_file(path) for path in folder.iterdir()}
-        marker = {"files": sums, "step": step, "code_version": "0123abc", "storm_version": "0.1.0"}
-        files.write_json(folder / "COMPLETE", marker)
+        seal(folder, step)
     return folder
+
+
+def seal(folder: Path, step: int = 20) -> None:
+    """Write the marker of a checkpoint."""
+    sums = {path.name: files.sha256_file(path) for path in folder.iterdir()}
+    marker = {"files": sums, "step": step, "code_version": "0123abc", "storm_version": "0.1.0"}
+    files.write_json(folder / "COMPLETE", marker)

@@ -1,7 +1,8 @@
 """Synthetic tissue: how well each class of genes is predicted, between colour alone and all that can be known.
 
-In: an export, a cohort of synthetic sections, the folder with their truth. Out: per class the mean Pearson of the model,
-of colour ridge, of measured depth, of the oracle (the expected composition, given the latents) and of the control, and
+In: an export, a cohort of synthetic sections, the folder with their truth. Out: per class the mean Pearson of the
+model, of colour ridge, of true depth, of the oracle (the expected composition, given the latents) and of the
+control, and
 
     skill = (model - colour ridge) / (oracle - colour ridge)
 

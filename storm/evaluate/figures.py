@@ -34,7 +34,7 @@ def _smooth(values: Floats, width: int) -> Floats:
 
 
 def loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
-    """Total and terms by step: every logged value, and a running mean over a twentieth of the run."""
+    """Total and terms by step: every logged value, and a running mean over a tenth of the run."""
     names = ["loss", *(term for term in TERMS if any(line.get(term) is not None for line in lines))]
     figure = Figure(figsize=(3.4 * len(names), 2.9), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -42,7 +42,7 @@ def loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
         step = np.array([line["step"] for line in logged])
         value = np.array([line[name] for line in logged], dtype=np.float64)
         axes.plot(step, value, color=_LIGHT, linewidth=0.8)
-        axes.plot(step, _smooth(value, max(1, len(value) // 20)), color=_INK, linewidth=1.6)
+        axes.plot(step, _smooth(value, max(1, len(value) // 10)), color=_INK, linewidth=1.6)
         axes.set_title("total loss" if name == "loss" else TERMS[name], fontsize=10)
         axes.set_xlabel("optimizer step", fontsize=9)
         axes.tick_params(labelsize=8)
@@ -66,7 +66,7 @@ def gene_map(
     frame = (low[0] - pad, high[0] + pad, high[1] + pad, low[1] - pad)  # y grows downward, as in the image
     ratio = (frame[2] - frame[3]) / (frame[1] - frame[0])
     columns = 1 + len(names)
-    figure = Figure(figsize=(2.9 * columns, 5.8 * ratio + 0.9), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 5.0 * ratio + 0.7), layout="constrained")
     grid = figure.subplots(2, columns, squeeze=False)
     extent = (0, image.shape[1] / px_per_um, image.shape[0] / px_per_um, 0)
     for axes in grid[:, 0]:
@@ -125,4 +125,5 @@ def _scale_bar(axes: Axes, frame: tuple[float, float, float, float]) -> None:
     x, y = frame[0] + 0.05 * width, frame[2] - 0.05 * (frame[2] - frame[3])
     axes.plot([x, x + length], [y, y], color="black", linewidth=2.5, solid_capstyle="butt")
     text = f"{length} um" if length < 1000 else f"{length // 1000} mm"
-    axes.text(x + length / 2, y - 0.02 * width, text, ha="center", va="bottom", fontsize=8)
+    box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5}
+    axes.text(x + length / 2, y - 0.03 * width, text, ha="center", va="bottom", fontsize=8, bbox=box)

@@ -42,7 +42,7 @@ def _scaled(values: Floats) -> Floats:
     """Columns of mean 0 and sd 1, so that sums of squares stay exact; a constant column becomes 0."""
     centred = values - values.mean(0)
     spread = centred.std(0)
-    constant = spread <= 1e-9 * np.maximum(np.abs(values).max(0), 1e-300)
+    constant = spread <= 1e-12 * np.maximum(np.abs(values).max(0), 1e-300)
     return np.where(constant, 0.0, centred / np.where(constant, 1.0, spread))
 
 

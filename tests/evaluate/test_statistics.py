@@ -1,0 +1,58 @@
+"""Pearson and the block bootstrap: equal to numpy's, zero for constants, wide enough for correlated neighbours."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storm.evaluate import statistics
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_pearson_is_numpys_whatever_the_scale(seed: int, shift: float, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(2, 40, 3))
+    expected = [np.corrcoef(x[:, k], y[:, k])[0, 1] for k in range(3)]
+    np.testing.assert_allclose(statistics.pearson(x * scale + shift, y), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
+def test_a_constant_column_counts_as_zero(value: float) -> None:
+    y = np.random.default_rng(0).normal(size=(50, 1))
+    constant = np.full((50, 1), value)
+    assert statistics.pearson(constant, y) == 0 and statistics.pearson(y, constant) == 0
+    assert (statistics.bootstrap(constant, y, np.arange(50) % 5, 0, 20) == 0).all()
+
+
+def test_blocks_are_squares_and_shrink_on_small_sections() -> None:
+    xy = np.stack(np.meshgrid(np.arange(0, 4000, 200.0), np.arange(0, 4000, 200.0)), -1).reshape(-1, 2)
+    found = statistics.blocks(xy)
+    assert found.max() == 15 and set(np.bincount(found)) == {25}
+    assert statistics.blocks(xy / 2).max() == 15
+    assert statistics.blocks(xy[:1]).tolist() == [0]
+
+
+def test_a_replicate_resamples_whole_blocks() -> None:
+    rng = np.random.default_rng(1)
+    block = np.repeat(np.arange(6), 10)
+    x, y = rng.normal(size=(2, 60, 2))
+    found = statistics.bootstrap(x, y, block, seed=3, replicates=5)
+    draws = np.random.default_rng([3, 6]).multinomial(6, np.full(6, 1 / 6), size=5)
+    for replicate, weight in zip(found, draws, strict=True):
+        rows = np.concatenate([np.flatnonzero(np.repeat(block == b, 1)) for b in range(6) for _ in range(weight[b])])
+        np.testing.assert_allclose(replicate, [np.corrcoef(x[rows, k], y[rows, k])[0, 1] for k in range(2)], atol=1e-9)
+
+
+def test_intervals_of_smooth_fields_are_wider_than_those_of_noise() -> None:
+    rng = np.random.default_rng(0)
+    xy = np.stack(np.meshgrid(np.arange(40) * 100.0, np.arange(40) * 100.0), -1).reshape(-1, 2)
+    field = np.repeat(np.repeat(rng.normal(size=(2, 8, 8)), 5, 1), 5, 2).reshape(2, -1, 1)
+    noise = rng.normal(size=(2, 1600, 1))
+
+    def width(pair: np.ndarray) -> float:
+        replicates = statistics.bootstrap(pair[0], pair[1], statistics.blocks(xy), 0)
+        found = statistics.interval(0.0, replicates[:, 0])
+        return found.high - found.low
+
+    assert width(field) > 2.5 * width(noise)
