@@ -47,9 +47,14 @@ def test_a_centre_on_a_line_belongs_to_the_right_and_lower_region() -> None:
 
 def test_tiles_read_by_hand() -> None:
     centre = np.array([[56.0, 56.0]])  # a window of one tile's width, exactly on the grid
-    assert regions.tiles_read(centre, np.float32([55]), TILE_UM).tolist() == [[0, 0]]
-    assert regions.tiles_read(centre + 1, np.float32([55]), TILE_UM).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert len(regions.tiles_read(centre, np.float32([300]), TILE_UM)) == 9
+    assert regions.tiles_read(centre, np.array([55], np.float32), TILE_UM).tolist() == [[0, 0]]
+    assert regions.tiles_read(centre + 1, np.array([55], np.float32), TILE_UM).tolist() == [
+        [0, 0],
+        [0, 1],
+        [1, 0],
+        [1, 1],
+    ]
+    assert len(regions.tiles_read(centre, np.array([300], np.float32), TILE_UM)) == 9
 
 
 @given(

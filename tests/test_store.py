@@ -59,8 +59,7 @@ def test_two_writes_are_byte_identical(written: Path, tmp_path: Path) -> None:
 
 
 def test_a_slide_without_tiles_or_profiles(tmp_path: Path) -> None:
-    empty = schema.Profiles([], np.zeros((0, 2)), *(np.zeros(0, t) for t in (np.float32, np.uint8)),
-                            np.zeros(1, np.int64), *(np.zeros(0, np.int32) for _ in range(2)))  # fmt: skip
+    empty = PROFILES.take(np.array([], np.int64))
     opened = store.SlideStore(store.write(tmp_path, INFO, [], empty, GeneTable((), ())))
     assert (len(opened), len(opened.profiles()), len(opened.genes())) == (0, 0, 0)
 

@@ -28,7 +28,7 @@ _EXPRESSION = "Gene Expression"
 
 @dataclass(frozen=True)
 class Matrix:
-    """Counts as CSR over barcodes."""
+    """Counts as CSR over barcodes: all features, of the types that `types` tells."""
 
     barcodes: list[str]
     names: list[str]
@@ -50,12 +50,17 @@ def _one(folder: Path, names: tuple[str, ...], what: str) -> Path:
     raise ValueError(f"{folder}: has no {what} ({' or '.join(names)}); give the outs folder that Space Ranger wrote")
 
 
-def _locate(outs: Path, spots: Path | None) -> tuple[Path, Path, Path]:
-    """Matrix, positions, scale factors."""
+def _matrix_path(outs: Path) -> Path:
+    """The filtered matrix, else the raw one."""
     if not outs.is_dir():
         raise ValueError(f"{outs}: is no folder; give the outs folder that Space Ranger wrote")
     kinds = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
-    matrix = _one(outs, tuple(f"{kind}{end}" for kind in kinds for end in (".h5", "")), "matrix")
+    return _one(outs, tuple(f"{kind}{end}" for kind in kinds for end in (".h5", "")), "matrix")
+
+
+def _locate(outs: Path, spots: Path | None) -> tuple[Path, Path, Path]:
+    """Matrix, positions, scale factors."""
+    matrix = _matrix_path(outs)
     spatial = _one(outs, ("spatial",), "folder with the positions")
     positions = spots or _one(spatial, ("tissue_positions.csv", "tissue_positions_list.csv"), "positions")
     return matrix, positions, _one(spatial, ("scalefactors_json.json",), "scale factors")
@@ -129,13 +134,13 @@ def _read_mex(folder: Path) -> Matrix:
     )  # fmt: skip
 
 
-def read_matrix(measurement: Path) -> Matrix:
-    """The matrix of an outs folder as it is: every barcode, every feature of every type.
+def read_matrix(outs: Path) -> Matrix:
+    """The counts of an outs folder as they are: all barcodes and features, whether they have positions or not.
 
     Raises:
-        ValueError: files are missing or unreadable.
+        ValueError: there is no matrix, it is damaged, or it holds no raw counts.
     """
-    path, _, _ = _locate(measurement, None)
+    path = _matrix_path(outs)
     return _read_mex(path) if path.is_dir() else _read_h5(path)
 
 
@@ -200,7 +205,7 @@ def read(measurement: Path, spots: Path | None) -> Measurement:
         ValueError: files are missing or unreadable, or the barcodes of the matrix have no positions.
     """
     matrix_path, positions_path, scale_path = _locate(measurement, spots)
-    matrix = _read_mex(matrix_path) if matrix_path.is_dir() else _read_h5(matrix_path)
+    matrix = read_matrix(measurement)
     positions = read_positions(positions_path)
     joined = _joined(matrix.barcodes, list(positions), matrix_path, positions_path)
     raw = "raw_feature_bc_matrix" in matrix_path.name

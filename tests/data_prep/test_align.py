@@ -54,7 +54,7 @@ def test_spots_on_a_line_tell_no_mpp(points: np.ndarray) -> None:
 
 
 def test_ranking_of_mpp_sources() -> None:
-    told = {"manifest": 0.5, "lattice": 0.51, "embedded": 0.52}
+    told: dict[str, float | None] = {"manifest": 0.5, "lattice": 0.51, "embedded": 0.52}
     for source in ("manifest", "lattice", "embedded"):
         found = align.choose_mpp(dict(told), CONFIG)
         assert (found.value, found.source, found.notes) == (told[source], source, [])

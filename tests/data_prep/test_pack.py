@@ -22,8 +22,8 @@ INFO = store.SlideInfo(
 )  # fmt: skip
 
 
-def info(slide_id: str, donor: str, split: str = "", section: str = "", **other: str) -> store.SlideInfo:
-    return dataclasses.replace(INFO, slide_id=slide_id, donor=donor, split=split, section=section or slide_id, **other)
+def info(slide_id: str, donor: str, split: str = "", section: str = "") -> store.SlideInfo:
+    return dataclasses.replace(INFO, slide_id=slide_id, donor=donor, split=split, section=section or slide_id)
 
 
 def groups_of(folder: Path) -> list[tuple[str, str, schema.Group]]:
@@ -147,7 +147,7 @@ def test_a_failed_pack_leaves_the_old_set(tiny_store: Path, tmp_path: Path, monk
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pack.shards, "write_split", stop)
+    monkeypatch.setattr(shards, "write_split", stop)
     with pytest.raises(KeyboardInterrupt):
         pack.pack(tiny_store, out, CONFIG.model_copy(update={"seed": 5}))
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before

@@ -34,6 +34,7 @@ def test_visium(tmp_path: Path, header: bool) -> None:
     assert found.names == list(SYMBOLS)  # the antibody is no gene
     assert found.notes == ["1 features that are no gene expression are left out"]
     assert len(found.ids) == len(set(found.ids)) == 64
+    assert visium.read_matrix(tmp_path).types[-1] == "Antibody Capture"
     np.testing.assert_allclose(found.xy_px0[0], [60 / MPP, 80 / MPP])  # x is the column, which comes last
     assert (found.footprint_um == 55).all()
     assert (found.footprint_kind == DISC).all()
@@ -45,7 +46,7 @@ def test_visium(tmp_path: Path, header: bool) -> None:
 
 def mex_of(outs: Path, zipped: bool, kind: str = "filtered") -> Path:
     """The same outs folder with the matrix as MEX."""
-    found = visium._read_h5(outs / "filtered_feature_bc_matrix.h5")
+    found = visium.read_matrix(outs)
     folder = outs / f"{kind}_feature_bc_matrix"
     folder.mkdir()
     rows = np.repeat(np.arange(len(found.barcodes)), np.diff(found.indptr))

@@ -30,7 +30,7 @@ def write_tiff(
 ) -> Path:
     """A tiled pyramid that OpenSlide reads as generic TIFF."""
     resolution = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"} if mpp else {}
-    options = {"tile": (64, 64), "photometric": "rgb", "metadata": None} | resolution
+    options: dict[str, Any] = {"tile": (64, 64), "photometric": "rgb", "metadata": None} | resolution
     with tifffile.TiffWriter(path) as writer:
         writer.write(pixels, **options, **kwargs)
         for level in range(1, levels):
