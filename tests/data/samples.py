@@ -1,5 +1,7 @@
 """Groups made by hand for the tests of the batch: few genes, small tiles, everything drawn from one seed."""
 
+from typing import Any
+
 import numpy as np
 import simplejpeg
 
@@ -11,7 +13,7 @@ PANEL = np.arange(GENES) % 5 != 4  # 32 of 40 genes
 SHARE = np.linspace(1, 5, GENES) / np.linspace(1, 5, GENES).sum()
 
 
-def spec(**changes: object) -> BatchSpec:
+def spec(**changes: Any) -> BatchSpec:
     """Two panels over 40 genes."""
     panels = {"p": PANEL, "all": np.ones(GENES, dtype=bool)}
     return BatchSpec(**{"tile_px": TILE_PX, "n_genes": GENES, "panels": panels, "organs": ("breast",), "share": SHARE}
@@ -29,9 +31,7 @@ def profiles(xy_um: np.ndarray, counts: np.ndarray, diameter_um: float = 40.0) -
     )  # fmt: skip
 
 
-def group(
-    seed: int = 0, regions: int = 2, side: int = 3, per_region: int = 12, panel: str = "p", **meta: object
-) -> Group:
+def group(seed: int = 0, regions: int = 2, side: int = 3, per_region: int = 12, panel: str = "p", **meta: Any) -> Group:
     """`regions` squares of `side` tiles, one tile absent, profiles anywhere in them."""
     rng = np.random.default_rng(seed)
     metas = tuple(RegionMeta((1000.0 * g, 500.0), side, side) for g in range(regions))
@@ -45,7 +45,7 @@ def group(
         for c in range(side)
         if (g, r, c) != (0, 0, 1)
     }
-    values = {
+    values: dict[str, Any] = {
         "slide": "s1", "section": "s1", "donor": "d", "study": "t", "organ": "breast", "species": "human",
         "platform": "visium", "kind": "spot", "panel": panel, "slide_log_density": -1.5, "mpp": 0.5,
         "tile_px": TILE_PX, "tile_mpp": TILE_UM / TILE_PX, "regions": metas,

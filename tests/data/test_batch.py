@@ -1,6 +1,7 @@
 """The batch: shapes, geometry under flips and turns, what is visible, targets and weights."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ TARGETS = {"target_count", "target_log_depth", "depth_target"}
 MODES = ("image_only", "in_context", "gene_level", "gene_only")
 
 
-def only(mode: str, **changes: float) -> MaskConfig:
+def only(mode: str, **changes: Any) -> MaskConfig:
     """A mask config of one mode."""
-    return MaskConfig(**{name: float(name == mode) for name in MODES} | changes)
+    shares: dict[str, Any] = {name: float(name == mode) for name in MODES}
+    return MaskConfig(**shares | changes)
 
 
 def drawn(group: Group, mask: MaskConfig, index: int = 0) -> View:
@@ -166,8 +168,8 @@ def test_flips_and_turns_move_tiles_profiles_and_positions_together(flip: bool, 
         for profile in range(12):
             assert (value_at(before, region, profile) == value_at(after, region, profile)).all()
     everything = [torch.cat([b["tile_pos_um"], b["pos_um"]], 1).double() for b in (before, after)]
-    apart = [torch.cdist(places, places) for places in everything]
-    assert torch.allclose(*apart, atol=1e-3)
+    apart, turned = (torch.cdist(places, places) for places in everything)
+    assert torch.allclose(apart, turned, atol=1e-3)
     assert torch.allclose(after["pos_um"], after["xy_um"] - 1.5 * samples.TILE_UM, atol=1e-4)
 
 

@@ -51,7 +51,7 @@ def main(overrides: list[str], out: Path) -> None:
     world = engine.connect()
     found = first_step(config, world)
     if world.rank == 0:
-        np.savez(out, **found)
+        np.savez(out, **found)  # type: ignore[arg-type]
     trainer = Trainer(config, world)
     trainer.start("never")
     trainer.train()
