@@ -100,7 +100,9 @@ def _tiles(
         except slides.DecodeError as error:
             failed[row, col] = str(error)
             continue
-        share = float(np.nan_to_num(tissue[row, col], nan=quality.tissue_mask(pixels).mean()))
+        share = float(tissue[row, col])
+        if np.isnan(share):  # the overview did not decode here, the tile itself does
+            share = float(quality.tissue_mask(pixels).mean())
         summary.add(pixels, share)
         # Chroma at half resolution, as slide scanners store it themselves.
         jpeg = simplejpeg.encode_jpeg(pixels, config.jpeg_quality, "RGB", "420", fastdct=False)
