@@ -4,7 +4,6 @@ In: the engine, the position, what the run was made of. Out: `checkpoints/step_0
 differ is compared first (model, genes, config, ranks), then every hash, and only then are DeepSpeed's pickles read.
 """
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -35,15 +34,6 @@ class Contents:
     model: ModelConfig
     genes: GeneTable
     reference: dict[str, Any]
-
-
-def code_version() -> str:
-    """Version, and the first digits of a sha256 over the package's sources."""
-    digest = hashlib.sha256()
-    folder = Path(storm.__file__).parent
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return f"{storm.__version__}+{digest.hexdigest()[:12]}"
 
 
 def save(
@@ -89,7 +79,7 @@ def _save_common(
     (folder / "position.json").write_bytes(files.dump_json({**asdict(position), "step": step}))
     written = sorted(path for path in folder.rglob("*") if path.is_file())
     marker = {
-        "step": step, "ranks": world.size, "code_version": code_version(), "storm_version": storm.__version__,
+        "step": step, "ranks": world.size, "code_version": checkpoints.code_version(), "storm_version": storm.__version__,
         "torch_version": torch.__version__,
         "files": {path.relative_to(folder).as_posix(): files.sha256_file(path) for path in written},
     }  # fmt: skip

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storm import files, losses
+from storm import checkpoints, files, losses
 from storm.config import MASK_MODES, RunConfig, dump
 from storm.data.batch import BatchSpec
 from storm.data.stream import Batch, GroupStream, batches
@@ -162,7 +162,7 @@ class Trainer:
         if log:
             log.close()
         if self.world.rank == 0 and self.step == steps:
-            files.write_json(self.run_dir / FINISHED, {"step": self.step, "code_version": checkpoint.code_version()})
+            files.write_json(self.run_dir / FINISHED, {"step": self.step, "code_version": checkpoints.code_version()})
         if self.world.rank == 0:
             print(f"{self.run_dir}: step {self.step} of {steps}", flush=True)
 
