@@ -49,8 +49,8 @@ sections). Columns are target/gene rule; they are not comparable with each other
 
 {provenance}
 """
-_CLASSES = """Classes: a visible by colour and density; b visible by texture or arrangement alone; c niche, 100-250 um away;
-d spatial fields of expression alone; e noise and donor, where every method must be near 0.
+_CLASSES = """Classes: a visible by colour and density; b visible by texture or arrangement alone; c niche, 100-250 um
+away; d spatial fields of expression alone; e noise and donor, where every method must be near 0.
 skill = (model - colour ridge) / (oracle - colour ridge): 0 is what colour gives, 1 all that can be known."""
 _PROVENANCE = ("protocol", "input", "split_by", "seed", "model_hash", "shards_sha256", "model_code", "code")
 

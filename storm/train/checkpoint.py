@@ -79,8 +79,8 @@ def _save_common(
     (folder / "position.json").write_bytes(files.dump_json({**asdict(position), "step": step}))
     written = sorted(path for path in folder.rglob("*") if path.is_file())
     marker = {
-        "step": step, "ranks": world.size, "code_version": checkpoints.code_version(), "storm_version": storm.__version__,
-        "torch_version": torch.__version__,
+        "step": step, "ranks": world.size, "code_version": checkpoints.code_version(),
+        "storm_version": storm.__version__, "torch_version": torch.__version__,
         "files": {path.relative_to(folder).as_posix(): files.sha256_file(path) for path in written},
     }  # fmt: skip
     (folder / checkpoints.MARKER).write_bytes(files.dump_json(marker))
