@@ -106,7 +106,7 @@ class Storm(nn.Module):
         profiles_RND = self.fusion(feature_RN2D, valid_RN2, self.expression(self.genes, batch), batch)
 
         encoded_RC = batch["tile_present"] & ~batch["tile_hidden"]
-        tiles_RCD = self._place(self.tile(summary_TD) * batch["tile_weight"][:, None], batch["tile_slot"], encoded_RC)
+        tiles_RCD = self._place(self.tile(summary_TD), batch["tile_slot"], encoded_RC)
         context_RL = torch.cat([encoded_RC, batch["visible"]], dim=1)
         place_um_RL2 = torch.cat([batch["tile_pos_um"], batch["pos_um"]], dim=1)
         tiles_RCD, h_RND = self.space(tiles_RCD, profiles_RND, context_RL, place_um_RL2)
@@ -123,7 +123,7 @@ class Storm(nn.Module):
         }
 
     def _place(self, tile_TD: Tensor, slot_T: Tensor, encoded_RC: Tensor) -> Tensor:
-        """[R, C, D]: packed tiles at their slots, the learned vector of a hidden tile elsewhere. A dummy adds zero."""
+        """[R, C, D]: packed tiles at their slots, the learned vector of a hidden tile elsewhere (under a dummy too)."""
         flat = tile_TD.new_zeros(encoded_RC.numel(), tile_TD.shape[1])
         tiles_RCD = flat.index_add(0, slot_T.clamp_min(0), tile_TD).view(*encoded_RC.shape, -1)
         hidden_1D = self.hidden_tile(slot_T.new_zeros(1)).to(tile_TD.dtype)

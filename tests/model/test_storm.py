@@ -69,6 +69,15 @@ def test_visible_profiles_and_tiles_inform_a_query(model: Storm, batch: Batch) -
     assert changed[1].all() and not changed[0].any()
 
 
+def test_a_hidden_tile_is_asked_and_informs_nobody(model: Storm, batch: Batch) -> None:
+    before = model(batch)
+    with torch.no_grad():
+        model.hidden_tile.weight.add_(1.0)
+    after = model(batch)
+    assert all(torch.equal(before[name], after[name]) for name in PROFILE_OUTPUTS)
+    assert torch.equal((before["tile_stats"] != after["tile_stats"]).any(-1), batch["tile_hidden"])
+
+
 def test_padding_changes_nothing(model: Storm, batch: Batch) -> None:
     plain, padded = model(batch), model(pad_tiles(choose_profiles(batch, [0, 1, 2, 3, 4, 5, -1, -1, -1]), 3))
     for name, x in plain.items():
