@@ -190,7 +190,9 @@ class Trainer:
         try:
             return list(itertools.islice(source, self.stream.accumulation))
         except ValueError as error:
-            raise RankError(f"rank {self.world.rank}, step {self.step + 1}: {error}") from error
+            # A loader process hands its error over as a traceback in text; the last line is the error itself.
+            fact = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+            raise RankError(f"rank {self.world.rank}, step {self.step + 1}: {fact}") from error
 
     def backward(self, micro: list[Batch]) -> tuple[float, dict[str, float | None]]:
         """Forward and backward of a step's micro-batches; the global loss and its parts, in the log's names.

@@ -1,6 +1,7 @@
 """One rank: logs, checkpoints, what is refused and what stops a run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from storm.model.storm import Storm
 from storm.presets import resolve_model
 from storm.shards import ShardSet
 from storm.train import checkpoint, engine, metrics
-from storm.train.trainer import FINISHED, NotFiniteError, Trainer, fit_model, pretrain
+from storm.train.trainer import FINISHED, NotFiniteError, RankError, Trainer, fit_model, pretrain
 from tests.train import runs
 
 
@@ -189,6 +190,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(
         trainer.train()
     after = trainer.engine.weights()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_shard_stops_the_run_and_is_named(
+    tiny_shards: Path, world: engine.World, tmp_path: Path, workers: int
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_shards, shards)
+    tar = shards / "train" / "000000.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    with pytest.raises(
+        RankError, match=r"^rank 0, step 1: .*000000\.tar: group .*: truncated; restore the shard [^\n]*$"
+    ):
+        train(shards, tmp_path / "run", world, f"data.workers={workers}")
 
 
 @pytest.mark.parametrize("stage", [0, 1])
