@@ -103,6 +103,7 @@ class TileHead(ZeroLinear):
         super().__init__(config.space_width, len(TILE_STATS))
 
 
+@torch.no_grad()
 def expected_log1p(mu: Tensor, r: Tensor, scale: Tensor | float) -> Tensor:
     """E[log1p(scale * count)] of negative binomial counts of mean `mu` and size `r`; shapes broadcast.
 
@@ -110,9 +111,11 @@ def expected_log1p(mu: Tensor, r: Tensor, scale: Tensor | float) -> Tensor:
     t > 0, and the expectation of exp(-s count) is (1 + mu / r * (1 - exp(-s)))^-r. The trapezoid rule in log t is
     fast, because the integrand is analytic around the real axis.
     """
-    step, total = 0.75, mu.new_zeros(())
+    scale = torch.as_tensor(scale, dtype=mu.dtype, device=mu.device)
+    total = mu.new_zeros(torch.broadcast_shapes(mu.shape, r.shape, scale.shape))
+    step, ratio, power = 0.75, mu / r, -r
     for i in range(-30, 5):
         t = math.exp(i * step)
-        reach = -torch.expm1(-t * torch.as_tensor(scale, dtype=mu.dtype, device=mu.device))
-        total = total - step * math.exp(-t) * torch.expm1(-r * torch.log1p(mu / r * reach))
+        gap = (ratio * -torch.expm1(-t * scale)).log1p_().mul_(power).expm1_()  # in place: the arrays are large
+        total.sub_(gap, alpha=step * math.exp(-t))
     return total
