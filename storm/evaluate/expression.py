@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from storm import checkpoints, files, inference
 from storm.evaluate import statistics, targets
-from storm.evaluate.baselines import METHODS, Inputs
+from storm.evaluate.baselines import METHODS, Inputs, ridge_predict
 from storm.evaluate.sections import Section, open_section
 from storm.export import Pretrained
 from storm.shards import MANIFEST, ShardSet
@@ -30,6 +30,7 @@ from storm.store import SUFFIX, SlideStore
 Floats = npt.NDArray[np.float64]
 PROTOCOL = "2, H&E to expression on held-out sections"
 MODEL = "STORM (this project), H&E only"
+PROBE = "ridge on STORM's embedding (H&E only)"
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,10 @@ def score(predicted: list[list[Floats]], measured: list[Floats], sections: list[
     return Score(float(per_gene.mean()), np.mean(replicates, axis=0), per_gene)
 
 
-def baseline_scores(cohort: Cohort, name: str, columns: npt.NDArray[np.int64], seed: int) -> dict[str, Score]:
-    """Every baseline of METHODS on one target and one choice of genes."""
+def baseline_scores(
+    cohort: Cohort, name: str, columns: npt.NDArray[np.int64], seed: int, features: tuple[Floats, Floats] | None = None
+) -> dict[str, Score]:
+    """Every baseline of METHODS on one target and one choice of genes, and the ridge on `features` (train, test)."""
     train, test = inputs(cohort.train), inputs(cohort.test)
     truth = {id(s): targets.target(name, s.counts[:, columns], s.depth) for s in cohort.train + cohort.test}
     y = np.concatenate([truth[id(section)] for section in cohort.train])
@@ -139,7 +142,19 @@ def baseline_scores(cohort: Cohort, name: str, columns: npt.NDArray[np.int64], s
     for i, method in enumerate(METHODS):
         draws = method.predict(train, y, test, np.random.default_rng([seed, i]))
         found[method.name] = score([np.split(d, ends) for d in draws], measured, cohort.test, seed)
+    if features:
+        probed = ridge_predict(features[0], y, features[1], train.fold)
+        found[PROBE] = score([np.split(probed, ends)], measured, cohort.test, seed)
     return found
+
+
+def embeddings(pretrained: Pretrained, cohort: Cohort, sections: list[Section]) -> Floats:
+    """[N, D] of the profiles of some sections, end to end, from pixels alone."""
+    found = []
+    for section in sections:
+        slide = inference.prepare(pretrained, cohort.stores[section.slide_id])
+        found.append(inference.embed(pretrained, slide, use_counts=False, rows=section.rows))
+    return np.concatenate(found).astype(np.float64)
 
 
 def gene_rules(cohort: Cohort) -> dict[str, npt.NDArray[np.int64]]:
@@ -155,19 +170,20 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str,
         rule: model_predictions(pretrained, cohort, [cohort.gene_ids[i] for i in genes])
         for rule, genes in rules.items()
     }
+    features = embeddings(pretrained, cohort, cohort.train), embeddings(pretrained, cohort, cohort.test)
+    roles = {MODEL: "model", PROBE: "baseline"} | {method.name: method.role for method in METHODS}
     scores: dict[str, dict[str, Any]] = {}
     versus: dict[str, dict[str, Any]] = {}
     for name, rule in targets.COLUMNS:
         column = f"{name}/{rule}"
-        found = baseline_scores(cohort, name, rules[rule], seed)
+        found = baseline_scores(cohort, name, rules[rule], seed, features)
         measured = [targets.target(name, s.counts[:, rules[rule]], s.depth) for s in cohort.test]
         model = score([predictions[rule][name]], measured, cohort.test, seed)
         for method, entry in [(MODEL, model), *found.items()]:
             scores.setdefault(method, {})[column] = entry.json()
-        best = max((m.name for m in METHODS if m.role == "baseline"), key=lambda m: found[m].value)
+        best = max((method for method in found if roles[method] == "baseline"), key=lambda m: found[m].value)
         gain = Score(model.value - found[best].value, model.replicates - found[best].replicates, model.genes)
         versus[column] = {"baseline": best, **gain.json()}
-    roles = {MODEL: "model"} | {method.name: method.role for method in METHODS}
     return {
         **provenance(pretrained, cohort, seed),
         "columns": [f"{name}/{rule}" for name, rule in targets.COLUMNS],

@@ -39,8 +39,8 @@ sections). Columns are target/gene rule; they are not comparable with each other
 * *residual*: lognorm after each gene was regressed on the true log depth within the section. The model's prediction for
   it is its composition alone, log1p(1e4 x share): neither measured nor predicted depth enters.
 * *var*: the {genes[var]} genes of highest variance among the 1,000 of highest mean.
-* *binned*: the {genes[binned]} of highest dispersion within 20 bins of mean, among the genes seen in a tenth of the
-  profiles. Both rules look at training sections alone.
+* *binned*: the {genes[binned]} of highest dispersion within 20 bins of mean; many of them are seen in few profiles.
+  Both rules look at training sections alone.
 
 {table}
 

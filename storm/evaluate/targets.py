@@ -41,24 +41,22 @@ def target(name: str, counts: sparse.csr_array, depth: npt.NDArray) -> Floats:
 
 @dataclass(frozen=True)
 class Moments:
-    """Per gene over the training profiles, of lognorm: mean, variance, share of profiles with a count; each [K]."""
+    """Per gene over the training profiles, of lognorm: mean and variance, each [K]."""
 
     mean: Floats
     variance: Floats
-    seen: Floats
 
 
 def moments(counts: list[sparse.csr_array], depths: list[npt.NDArray]) -> Moments:
     """Moments over several sections; nothing is made dense."""
     total = sum(c.shape[0] for c in counts)
-    first, second, seen = (np.zeros(counts[0].shape[1]) for _ in range(3))
+    first, second = (np.zeros(counts[0].shape[1]) for _ in range(2))
     for c, depth in zip(counts, depths, strict=True):
         values = (sparse.diags_array(SCALE / np.maximum(depth, 1)) @ c).log1p()
         first += values.sum(0)
         second += values.power(2).sum(0)
-        seen += (c > 0).sum(0)
     mean = first / total
-    return Moments(mean, np.maximum(second / total - mean**2, 0), seen / total)
+    return Moments(mean, np.maximum(second / total - mean**2, 0))
 
 
 def top_variance(of: Moments, genes: int = 250, among: int = 1000) -> Columns:
@@ -67,13 +65,13 @@ def top_variance(of: Moments, genes: int = 250, among: int = 1000) -> Columns:
     return np.sort(candidates[np.argsort(-of.variance[candidates], kind="stable")[:genes]])
 
 
-def top_binned(of: Moments, genes: int = 250, bins: int = 20, least_seen: float = 0.1) -> Columns:
+def top_binned(of: Moments, genes: int = 250, bins: int = 20) -> Columns:
     """Rule `binned`: the columns of highest log dispersion (variance / mean), as z-score within bins of like mean.
 
-    The bins hold equal numbers of genes. Genes seen in less than a tenth of the profiles take no part: their dispersion
-    is that of a handful of molecules. Ascending.
+    The bins hold equal numbers of the genes that were seen at all. Many of those chosen were seen in few profiles, so
+    that a score under this rule is low for every method. Ascending.
     """
-    candidates = np.flatnonzero(of.seen >= least_seen)
+    candidates = np.flatnonzero(of.mean > 0)
     candidates = candidates[np.argsort(of.mean[candidates], kind="stable")]
     score = np.full(len(of.mean), -np.inf)
     for members in np.array_split(candidates, bins):

@@ -26,7 +26,7 @@ def test_colour_features_ignore_the_arrangement() -> None:
 
 def test_colour_features_refuse_floats() -> None:
     with pytest.raises(ValueError, match="uint8"):
-        colour_features(np.zeros((1, 4, 4, 3)))
+        colour_features(np.zeros((1, 4, 4, 3)))  # type: ignore[arg-type]
 
 
 def test_ridge_finds_a_linear_law_per_target() -> None:

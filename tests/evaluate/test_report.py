@@ -51,7 +51,7 @@ def test_the_table_holds_every_method_in_every_column(written: Path) -> None:
     rows = list(csv.DictReader((written / "table.csv").open()))
     columns = {"lognorm/var", "raw/var", "residual/var", "lognorm/binned"}
     methods = {row["method"] for row in rows}
-    assert len(methods) == 9 and len(rows) == 36 and {row["column"] for row in rows} == columns
+    assert len(methods) == 10 and len(rows) == 40 and {row["column"] for row in rows} == columns
     assert all(float(row["low"]) <= float(row["high"]) for row in rows)
     values = files.read_json(written / "evaluation.json")
     assert values["model_trained_on_these_shards"] is True

@@ -38,11 +38,10 @@ def test_moments_of_several_sections_are_those_of_all_profiles(counts: sparse.cs
     found = targets.moments([counts[:25], counts[25:]], [depth[:25], depth[25:]])
     np.testing.assert_allclose(found.mean, values.mean(0))
     np.testing.assert_allclose(found.variance, values.var(0), atol=1e-9)
-    np.testing.assert_allclose(found.seen, (counts.toarray() > 0).mean(0))
 
 
 def test_rule_var_takes_the_variable_among_the_expressed() -> None:
-    of = targets.Moments(np.array([5.0, 4, 3, 0.1]), np.array([0.1, 2, 1, 9]), np.ones(4))
+    of = targets.Moments(np.array([5.0, 4, 3, 0.1]), np.array([0.1, 2, 1, 9]))
     assert targets.top_variance(of, genes=2, among=3).tolist() == [1, 2]
 
 
@@ -50,7 +49,6 @@ def test_rule_binned_compares_genes_of_like_mean() -> None:
     mean = np.repeat([1.0, 10.0], 10) + np.arange(20) * 1e-3
     variance = mean.copy()
     variance[[3, 14]] *= 5  # the odd one of each bin
-    seen = np.ones(20)
-    assert targets.top_binned(targets.Moments(mean, variance, seen), genes=2, bins=2).tolist() == [3, 14]
-    seen[3] = 0.05
-    assert 3 not in targets.top_binned(targets.Moments(mean, variance, seen), genes=20, bins=2)
+    assert targets.top_binned(targets.Moments(mean, variance), genes=2, bins=2).tolist() == [3, 14]
+    mean[3] = 0.0  # never seen: no dispersion, and no part in a bin
+    assert 3 not in targets.top_binned(targets.Moments(mean, variance), genes=20, bins=2)
