@@ -160,7 +160,7 @@ def embeddings(pretrained: Pretrained, cohort: Cohort, sections: list[Section]) 
 def gene_rules(cohort: Cohort) -> dict[str, npt.NDArray[np.int64]]:
     """Rule -> columns of the genes it chooses on the training sections."""
     moments = targets.moments([s.counts for s in cohort.train], [s.depth for s in cohort.train])
-    return {"var": targets.top_variance(moments), "binned": targets.top_binned(moments)}
+    return {name: rule(moments) for name, rule in targets.RULES.items()}
 
 
 def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str, Any]:
