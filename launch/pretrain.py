@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from storm import config
+from storm.commands import INTERRUPTED, explain
 from storm.train.trainer import NotFiniteError, RankError, pretrain
 
 
@@ -29,9 +30,12 @@ def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         pretrain(config.load(config.RunConfig, args.config, args.overrides), args.resume, args.stop_after_step)
-    except (ValueError, NotFiniteError) as error:
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, OSError, NotFiniteError) as error:
         if rank == 0 or isinstance(error, RankError):  # the others have met the same
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            text = explain(error) if isinstance(error, OSError) else error
+            print(f"error: {text}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, NotFiniteError) else 2
     return 0
 
