@@ -166,5 +166,23 @@ def load(path: Path, training: Engine, world: World) -> Position:
     return Position(**position)
 
 
+def sweep(run_dir: Path) -> None:
+    """Remove what a killed run was writing: temporary folders of checkpoints. One rank calls it, before any saves."""
+    for suffix in ("tmp", "old"):
+        for path in (run_dir / checkpoints.FOLDER).glob(f".step_*.{suffix}"):
+            shutil.rmtree(path)
+
+
+def discard_after(run_dir: Path, step: int) -> list[str]:
+    """Remove the checkpoints newer than the step a run continues from, and name them: they are of another history, from
+    which `auto` would go on, and for which retention would drop the new ones. One rank calls it, when all have loaded.
+    """
+    newer = [path for path in checkpoints.complete(run_dir) if int(path.name.rpartition("_")[2]) > step]
+    for other in reversed(newer):  # newest first and marker first: what a kill leaves is still a history
+        (other / checkpoints.MARKER).unlink()
+        shutil.rmtree(other)
+    return [other.name for other in newer]
+
+
 def _state(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -56,6 +56,8 @@ def pretrain(config: RunConfig, resume: str = "auto", stop_after_step: int | Non
         ValueError: of config, shards or checkpoint; it names the file, the fact and the cure.
         NotFiniteError: a loss or gradient is not finite.
     """
+    if stop_after_step is not None and stop_after_step < 1:
+        raise ValueError(f"--stop-after-step {stop_after_step}: no step comes before it; give 1 or more")
     run_dir = Path(config.run_dir)
     if (run_dir / FINISHED).is_file():
         if os.environ.get("RANK", "0") == "0":
@@ -140,8 +142,12 @@ class Trainer:
         if found:
             checkpoint.check(found, self.contents, self.world)
             self.step = self.stream.step_at(checkpoint.load(found, self.engine, self.world))
+            engine.barrier()  # nothing is removed before every rank has loaded
         if self.world.rank == 0:
             print(f"{self.run_dir}: {f'continues from {found.name}' if found else 'begins'}", flush=True)
+            checkpoint.sweep(self.run_dir)
+            if found and (gone := checkpoint.discard_after(self.run_dir, self.step)):
+                print(f"{self.run_dir}: removed the later checkpoints {', '.join(gone)}", flush=True)
             files.write_bytes(self.run_dir / "config.yaml", self.contents.config.encode())
             files.write_json(self.run_dir / "deepspeed.json", engine.settings(self.config, self.stream.accumulation))
         engine.barrier()
@@ -149,7 +155,7 @@ class Trainer:
     def train(self, stop_after_step: int | None = None) -> None:
         """The steps up to the end of the schedule, or to `stop_after_step`."""
         steps, every = self.config.optim.steps, self.config.checkpoint.every_steps
-        last = min(steps, stop_after_step or steps)
+        last = steps if stop_after_step is None else min(steps, stop_after_step)
         log = RunLog(self.run_dir, self.step) if self.world.rank == 0 else None
         pin = self.world.device.type == "cuda"
         source = batches(self.stream, self.step, last, self.config.data.workers, pin)
@@ -253,7 +259,7 @@ class Trainer:
             faults = [f"gradient norm {norm}, in {', '.join(wrong[:8])}; groups {keys}"]
         return (
             f"{self.run_dir}: step {self.step + 1} is not finite ({'; '.join(faults)}); the weights have not moved: "
-            "look at these groups, or resume with a lower optim.lr in another run_dir"
+            "look at these groups, or start again with a lower optim.lr in another run_dir"
         )
 
     def _save(self) -> None:

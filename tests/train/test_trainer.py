@@ -107,6 +107,39 @@ def test_a_stopped_run_resumes_to_the_same_losses_and_weights(
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
+def test_going_back_removes_the_later_checkpoints(tiny_shards: Path, world: engine.World, tmp_path: Path) -> None:
+    every = "checkpoint.every_steps=1"
+    train(tiny_shards, tmp_path, world, "optim.steps=9", "checkpoint.keep_last=9", every, stop=4)
+    first = checkpoints.complete(tmp_path)[0]
+    more = ("optim.steps=9", "checkpoint.keep_last=2", every)
+    train(tiny_shards, tmp_path, world, *more, resume=str(first), stop=2)
+    assert [path.name for path in checkpoints.complete(tmp_path)] == ["step_0000001", "step_0000002"]
+    assert checkpoint.find(tmp_path, "auto") == first.with_name("step_0000002")
+    assert [line["step"] for line in runs.log(tmp_path)] == [1, 2]
+
+
+def test_a_refused_checkpoint_removes_nothing(finished: Path, tiny_shards: Path, world: engine.World) -> None:
+    before = checkpoints.complete(finished)
+    with pytest.raises(ValueError, match="other values"):
+        train(tiny_shards, finished, world, "optim.lr=0.001", resume=str(before[0]))
+    assert checkpoints.complete(finished) == before
+
+
+def test_a_killed_runs_temporary_folders_are_swept(stopped: Path, tiny_shards: Path, world: engine.World) -> None:
+    kept = {path.name for path in (stopped / "checkpoints").iterdir()}
+    for name in (".step_0000002.0123456789ab.tmp", ".step_0000001.0123456789ab.old"):
+        (stopped / "checkpoints" / name / "deepspeed").mkdir(parents=True)
+    train(tiny_shards, stopped, world, stop=1)
+    assert {path.name for path in (stopped / "checkpoints").iterdir()} == kept
+
+
+@pytest.mark.parametrize("step", [0, -3])
+def test_a_stop_before_the_first_step_is_refused(tiny_shards: Path, tmp_path: Path, step: int) -> None:
+    with pytest.raises(ValueError, match=rf"--stop-after-step {step}: .*give 1 or more"):
+        pretrain(load(RunConfig, None, runs.words(tiny_shards, tmp_path / "run")), stop_after_step=step)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_is_left_alone(finished: Path, tiny_shards: Path, capsys: pytest.CaptureFixture) -> None:
     before = (finished / "log.jsonl").read_bytes()
     pretrain(load(RunConfig, None, runs.words(tiny_shards, finished)))
@@ -186,7 +219,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(
     trainer.start("never")
     before = trainer.engine.weights()
     keys = trainer.stream.keys(0)
-    with pytest.raises(NotFiniteError, match=rf"step 1 is not finite \(rank 0: depth of groups {', '.join(keys)}"):
+    with pytest.raises(
+        NotFiniteError,
+        match=rf"step 1 is not finite \(rank 0: depth of groups {', '.join(keys)}.*start again with a lower optim\.lr",
+    ):
         trainer.train()
     after = trainer.engine.weights()
     assert all(torch.equal(before[name], after[name]) for name in before)
