@@ -81,13 +81,46 @@ def inputs(measurement: Path, spots: Path | None) -> list[Path]:
 
 
 def _text(dataset: h5py.Dataset) -> list[str]:
+    if not isinstance(dataset, h5py.Dataset) or dataset.ndim != 1:
+        raise KeyError(f"{dataset.name} is no list of names")
     return [v.decode() if isinstance(v, bytes) else str(v) for v in dataset[...]]
+
+
+def _numbers(group: h5py.Group, name: str, kinds: str) -> npt.NDArray:
+    """A list of numbers. Raises KeyError where the entry is anything else."""
+    found = group[name]
+    if not isinstance(found, h5py.Dataset) or found.ndim != 1 or found.dtype.kind not in kinds:
+        raise KeyError(f"{name} is no list of numbers")
+    return np.asarray(found[...])
+
+
+def _fitting(matrix: Matrix, path: Path) -> Matrix:
+    """The matrix itself. Raises ValueError where its arrays contradict each other: scipy would read beside them."""
+    indptr, features, entries = matrix.indptr, len(matrix.names), len(matrix.count)
+    faults = {
+        f"{features} ids, {len(matrix.symbols)} names and {len(matrix.types)} types of features": (
+            not features == len(matrix.symbols) == len(matrix.types)
+        ),
+        f"indptr has {len(indptr)} numbers for {len(matrix.barcodes)} barcodes": (
+            len(indptr) != len(matrix.barcodes) + 1
+        ),
+        f"{len(matrix.column)} indices for {entries} counts": len(matrix.column) != entries,
+        f"indptr does not rise from 0 to {entries}": (
+            not len(indptr) or indptr[0] != 0 or indptr[-1] != entries or bool((np.diff(indptr) < 0).any())
+        ),
+        f"an index lies outside 0 to {features - 1}": bool(((matrix.column < 0) | (matrix.column >= features)).any()),
+    }
+    for fault, met in faults.items():
+        if met:
+            raise ValueError(f"{path}: no sound 10x matrix ({fault}); restore it from Space Ranger's outs")
+    return matrix
 
 
 def _read_h5(path: Path) -> Matrix:
     try:
         with h5py.File(path, "r") as root:
-            groups = [root["matrix"]] if "matrix" in root else [g for g in root.values() if isinstance(g, h5py.Group)]
+            entries = [root["matrix"]] if "matrix" in root else list(root.values())
+            groups = [entry for entry in entries if isinstance(entry, h5py.Group)]
             if len(groups) != 1:
                 raise ValueError(f"{path}: holds {len(groups)} genomes; give the matrix of one species")
             group = groups[0]
@@ -96,11 +129,12 @@ def _read_h5(path: Path) -> Matrix:
             else:  # Cell Ranger before 3
                 names, symbols = _text(group["genes"]), _text(group["gene_names"])
                 types = [_EXPRESSION] * len(names)
-            return Matrix(
-                _text(group["barcodes"]), names, symbols, types, group["indptr"][...].astype(np.int64),
-                group["indices"][...].astype(np.int64), whole_counts(group["data"][...], path),
+            found = Matrix(
+                _text(group["barcodes"]), names, symbols, types, _numbers(group, "indptr", "iu").astype(np.int64),
+                _numbers(group, "indices", "iu").astype(np.int64), whole_counts(_numbers(group, "data", "iuf"), path),
             )  # fmt: skip
-    except (OSError, KeyError) as error:
+            return _fitting(found, path)
+    except (OSError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no readable 10x matrix ({error}); restore it from Space Ranger's outs") from error
 
 

@@ -134,6 +134,36 @@ def test_damaged_visium_files_are_named(tmp_path: Path, name: str, content: str 
         visium.read(outs, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("indices", lambda a: np.where(np.arange(len(a)) == 3, 6, a), "an index lies outside 0 to 5"),
+        ("indices", lambda a: a - 1, "an index lies outside 0 to 5"),
+        ("indices", lambda a: a[:-1], "indices for .* counts"),
+        ("indices", lambda a: a * 1.0, "indices is no list of numbers"),
+        ("data", lambda a: a[:-1], "indices for .* counts"),
+        ("data", None, "data is no list of numbers"),
+        ("indptr", lambda a: a[:-1], "indptr has 64 numbers for 64 barcodes"),
+        ("indptr", lambda a: a + 1, "indptr does not rise from 0"),
+        ("indptr", lambda a: np.where(np.arange(len(a)) == 5, 10**9, a), "indptr does not rise from 0"),
+        ("features/name", lambda a: a[:-1], "6 ids, 5 names and 6 types"),
+        ("features", None, "no readable 10x matrix"),
+        ("barcodes", None, "barcodes is no list of names"),
+    ],
+)
+def test_an_unsound_h5_matrix_is_named(tmp_path: Path, name: str, change, message: str) -> None:
+    outs = write_visium(tmp_path)
+    with h5py.File(outs / "filtered_feature_bc_matrix.h5", "a") as root:
+        before = None if change is None else root["matrix"][name][...]
+        del root["matrix"][name]
+        if change is None:
+            root["matrix"].create_group(name)
+        else:
+            root["matrix"][name] = change(before)
+    with pytest.raises(ValueError, match=rf"filtered_feature_bc_matrix\.h5: .*{message}"):
+        visium.read(outs, None)
+
+
 def test_normalised_counts_are_refused(tmp_path: Path) -> None:
     outs = write_visium(tmp_path)
     with h5py.File(outs / "filtered_feature_bc_matrix.h5", "a") as root:
