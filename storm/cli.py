@@ -154,7 +154,12 @@ def _built(args: argparse.Namespace, pretrained: "Pretrained", folder: Path) -> 
         name, args.image, args.visium, "visium" if args.visium else IMAGE_ONLY, species=species, mpp=args.mpp
     )
     path = build_slide(row, folder, PrepConfig(tile_px=pretrained.config.tile_px, tile_mpp=pretrained.config.tile_mpp))
-    return _Source(path, results.visium_object(args.visium) if args.visium else None)
+    if not args.visium:
+        return _Source(path)
+    own, left_out = results.in_store(results.visium_object(args.visium), path)
+    if left_out:
+        print(f"{args.visium}: left out {left_out} of {left_out + own.n_obs} barcodes: not in tissue, or off the image")
+    return _Source(path, own)
 
 
 def _each(args: argparse.Namespace, make: "Callable[[Pretrained, _Source], anndata.AnnData]") -> int:

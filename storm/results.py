@@ -108,6 +108,12 @@ def visium_object(outs: Path) -> anndata.AnnData:
     return result
 
 
+def in_store(adata: anndata.AnnData, store: SlideStore | str | Path) -> tuple[anndata.AnnData, int]:
+    """(the rows that the store has as profiles, how many it has not): a matrix may hold barcodes outside the tissue."""
+    known = adata.obs_names.isin(_opened(store).profiles().ids)
+    return adata[known].copy(), int((~known).sum())
+
+
 def _opened(store: SlideStore | str | Path) -> SlideStore:
     return store if isinstance(store, SlideStore) else SlideStore(Path(store))
 

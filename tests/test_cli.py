@@ -1,5 +1,6 @@
 """The command `storm`: every sub-command once, the exit codes, one line per error."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,28 @@ def test_embed_of_visium_without_a_manifest(tiny_shards: Path, synthetic_tiny: P
     assert set(found.var) >= {"gene_ids", "feature_types"} and found.X.sum() > 0
     assert np.isfinite(found.obsm["X_storm"]).all() and found.obsm["X_storm"].std() > 0
     assert image.stem in found.uns["spatial"]
+
+
+def test_visium_barcodes_without_a_profile_are_left_out_and_told(
+    tiny_shards: Path, synthetic_tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = export.export(untrained.shards_checkpoint(tiny_shards, tmp_path / "run"), tmp_path / "model")
+    outs = sorted(synthetic_tiny.glob("measurements/*/outs"))[0]
+    shutil.copytree(outs, tmp_path / "outs")
+    places = tmp_path / "outs" / "spatial" / "tissue_positions.csv"
+    for filtered in (tmp_path / "outs").glob("filtered_feature_bc_matrix*"):
+        filtered.rename(filtered.with_name(filtered.name.replace("filtered", "raw")))  # it holds all barcodes
+    header, *rows = places.read_text().splitlines()
+    off = [i for i, row in enumerate(rows) if row.split(",")[1] == "1"][:2]
+    for i in off:
+        rows[i] = rows[i].replace(",1,", ",0,", 1)
+    places.write_text("\n".join([header, *rows]) + "\n")
+    image = synthetic_tiny / "images" / f"{outs.parent.name}.tif"
+    words = ["embed", "--model", str(model), "--visium", str(tmp_path / "outs"), "--image", str(image)]
+    assert cli.main([*words, "-o", str(tmp_path / "out.h5ad")]) == 0
+    found = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert f"left out 2 of {found.n_obs + 2} barcodes" in capsys.readouterr().out
+    assert not set(found.obs_names) & {rows[i].split(",")[0] for i in off} and len(found) > 10
 
 
 def test_embed_of_an_image_without_counts(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
