@@ -236,21 +236,16 @@ def _sources(store_dir: Path, config: PrepConfig) -> tuple[list[Source], list[st
 
 
 def is_current(out: Path, sources: Sequence[Source], config: PrepConfig) -> bool:
-    """Whether `out` holds the complete shard set of these stores and this config."""
+    """Whether `out` holds the whole shard set of these stores and this config, every file as it was packed."""
     if not (out / shards.MANIFEST).is_file():
         return False
-    manifest = files.read_json(out / shards.MANIFEST)
     same = {s.info.slide_id: (s.sha256, s.split) for s in sources}
-    packed = {name: (entry["store_sha256"], entry["split"]) for name, entry in manifest.get("slides", {}).items()}
-    return (
-        (manifest.get("schema_version"), manifest.get("prep")) == (schema.SCHEMA_VERSION, config.model_dump())
-        and same == packed
-        and all(
-            (path := out / split / shard["name"]).is_file() and path.stat().st_size == shard["bytes"]
-            for split, entry in manifest["splits"].items()
-            for shard in entry["shards"]
-        )
-    )
+    try:
+        manifest = shards.ShardSet(out).manifest
+        packed = {name: (entry["store_sha256"], entry["split"]) for name, entry in manifest["slides"].items()}
+        return manifest["prep"] == config.model_dump() and same == packed and not shards.verify(out)
+    except (ValueError, KeyError):
+        return False  # damaged, or of an older schema: packed anew
 
 
 def _check_out(out: Path) -> None:

@@ -11,6 +11,7 @@ In: groups with their keys. Out: `<shards>/<split>/000000.tar ...` and random ac
 import functools
 import hashlib
 import io
+import re
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from storm import files, schema
 from storm.genes import GeneTable, unpack_panel
 
 _BLOCK = 512
+_TAR = re.compile(r"\d{6,}\.tar")
 MANIFEST, GENES, INDEX = "manifest.json", "genes.tsv", "index.npz"
 
 
@@ -147,7 +149,8 @@ class ShardSet:
         """Open a shard set.
 
         Raises:
-            ValueError: no manifest (pack writes it last), another schema version, or genes of another hash.
+            ValueError: no manifest (pack writes it last), another schema version, a split or shard that is named as
+                pack names none, or genes that are missing or of another hash.
         """
         self.folder = folder
         path = folder / MANIFEST
@@ -157,9 +160,22 @@ class ShardSet:
         version = self.manifest.get("schema_version")
         if version != schema.SCHEMA_VERSION:
             raise ValueError(f"{path}: schema version {version}, this code reads {schema.SCHEMA_VERSION}; pack again")
-        self.genes = GeneTable.read(folder / GENES)
-        if files.sha256_file(folder / GENES) != self.manifest["genes_sha256"]:
-            raise ValueError(f"{folder / GENES}: not the table that was packed (sha256); pack again")
+        for split, entry in self.manifest["splits"].items():
+            strange = [s["name"] for s in entry["shards"] if not _TAR.fullmatch(s["name"])]
+            if split not in schema.SPLITS or strange:
+                raise ValueError(f"{path}: names a {f'shard {strange[0]!r}' if strange else f'split {split!r}'}, "
+                                 "which pack never writes; pack again")  # fmt: skip
+        self.genes = self._genes(folder / GENES)
+
+    def _genes(self, path: Path) -> GeneTable:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such gene table; the shard set is incomplete, restore it or pack again")
+        if files.sha256_file(path) != self.manifest["genes_sha256"]:
+            raise ValueError(f"{path}: not the table that was packed (sha256); pack again")
+        table = GeneTable.read(path)
+        if table.hash != self.manifest["gene_hash"]:
+            raise ValueError(f"{path}: reads as other genes than were packed (gene_hash); pack again")
+        return table
 
     @functools.cached_property
     def panels(self) -> dict[str, npt.NDArray[np.bool_]]:
@@ -196,14 +212,18 @@ class ShardSet:
 
 
 def verify(folder: Path) -> list[str]:
-    """Read every shard of a set against its sha256; one line per fault, none where all is well."""
-    shard_set = ShardSet(folder)
+    """Read every index and shard of a set against its sha256; one line per fault, none where all is well.
+
+    Raises:
+        ValueError: the set does not open (see ShardSet).
+    """
     faults = []
-    for split, entry in shard_set.manifest["splits"].items():
-        for shard in entry["shards"]:
-            path = folder / split / shard["name"]
+    for split, entry in ShardSet(folder).manifest["splits"].items():
+        digests = {INDEX: entry["index_sha256"]} | {shard["name"]: shard["sha256"] for shard in entry["shards"]}
+        for name, sha256 in digests.items():
+            path = folder / split / name
             if not path.is_file():
                 faults.append(f"{path}: missing; restore it or pack again")
-            elif files.sha256_file(path) != shard["sha256"]:
+            elif files.sha256_file(path) != sha256:
                 faults.append(f"{path}: its sha256 is not that of the manifest; restore it or pack again")
     return faults

@@ -110,6 +110,34 @@ def test_missing_and_changed_files_are_named(shard_copy: Path) -> None:
         handle.write("X\tx\t0.1\n")
     with pytest.raises(ValueError, match="not the table that was packed"):
         shards.ShardSet(shard_copy)
+    (shard_copy / shards.GENES).unlink()
+    with pytest.raises(ValueError, match=r"genes\.tsv: no such gene table; .* pack again"):
+        shards.ShardSet(shard_copy)
     (shard_copy / shards.MANIFEST).unlink()
     with pytest.raises(ValueError, match="no shard manifest"):
+        shards.ShardSet(shard_copy)
+
+
+def test_a_changed_index_is_a_fault(shard_copy: Path) -> None:
+    with (shard_copy / SPLIT / shards.INDEX).open("ab") as handle:
+        handle.write(b"x")
+    assert ["index.npz: its sha256" in fault for fault in shards.verify(shard_copy)] == [True]
+
+
+@pytest.mark.parametrize("what", ["shard", "split"])
+def test_names_that_leave_the_set_are_refused(shard_copy: Path, what: str) -> None:
+    manifest = files.read_json(shard_copy / shards.MANIFEST)
+    if what == "shard":
+        manifest["splits"][SPLIT]["shards"][0]["name"] = "../../000000.tar"
+    else:
+        manifest["splits"][f"../{SPLIT}"] = manifest["splits"].pop(SPLIT)
+    files.write_json(shard_copy / shards.MANIFEST, manifest)
+    with pytest.raises(ValueError, match=rf"manifest\.json: names a {what} '\.\./.* which pack never writes"):
+        shards.verify(shard_copy)
+
+
+def test_genes_that_read_as_others_are_refused(shard_copy: Path) -> None:
+    manifest = files.read_json(shard_copy / shards.MANIFEST)
+    files.write_json(shard_copy / shards.MANIFEST, manifest | {"gene_hash": "0" * 64})
+    with pytest.raises(ValueError, match=r"genes\.tsv: reads as other genes"):
         shards.ShardSet(shard_copy)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,29 @@ def test_a_rerun_does_nothing_until_something_changed(
     tar.write_bytes(tar.read_bytes()[:-512])
     assert ran("min_profiles=20")
     assert shards.verify(out) == []
+
+
+def flip_bytes(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[600:604] = bytes(b ^ 1 for b in data[600:604])
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("train/index.npz", lambda p: p.write_bytes(p.read_bytes() + b"x")),
+        ("train/000000.tar", flip_bytes),
+        ("genes.tsv", Path.unlink),
+        ("manifest.json", lambda p: p.write_text("{")),
+    ],
+)
+def test_packing_again_repairs(tiny_shards: Path, tiny_store: Path, tmp_path: Path, name: str, damage) -> None:
+    out = Path(shutil.copytree(tiny_shards, tmp_path / "out"))
+    damage(out / name)
+    pack.pack(tiny_store, out, CONFIG)
+    assert shards.verify(out) == []
+    assert (out / name).read_bytes() == (tiny_shards / name).read_bytes()
 
 
 def test_a_failed_pack_leaves_the_old_set(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
