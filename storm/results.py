@@ -16,10 +16,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import simplejpeg
 from scipy import sparse
 
 from storm import checkpoints, files, inference
+from storm.data.tile import decode_tile
 from storm.export import Pretrained
 from storm.inference import Prediction, Slide
 from storm.store import SlideStore
@@ -185,7 +185,8 @@ def thumbnail(store: SlideStore, longest_px: int = HIRES_PX) -> tuple[npt.NDArra
         top, left = round(row * side), round(col * side)
         bottom, right = round((row + 1) * side), round((col + 1) * side)
         size = max(1, right - left), max(1, bottom - top)
-        tile = simplejpeg.decode_jpeg(store.jpeg(i), min_width=2 * size[0], min_height=2 * size[1], min_factor=1)
+        source = f"{store.path}: tile ({row}, {col})"
+        tile = decode_tile(store.jpeg(i), info.tile_px, source, least_px=(2 * size[0], 2 * size[1]))
         part = image[top:bottom, left:right]
         part[...] = cv2.resize(tile, size, interpolation=cv2.INTER_AREA)[: part.shape[0], : part.shape[1]]
     return image, scale

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 import torch
 
 from storm.data import stain
+from storm.data.tile import decode_tile
 from storm.data.view import Mask, View
 from storm.schema import PLATFORMS, TILE_STATS, Group, RegionMeta
 
@@ -191,7 +191,8 @@ def _tiles(layout: _Layout, spec: BatchSpec) -> None:
             used[place[0]] += 1
             row, col = _tile_place(part, place, position[region, c])
             present[region, c] = True
-            tile = _decode(part.group, place, spec.tile_px)
+            source = f"slide {part.group.meta.slide}: tile {place}"
+            tile = decode_tile(part.group.tiles[place], spec.tile_px, source)
             if place in part.view.hidden_tiles:
                 hidden[region, c] = True
                 target[region, c] = stain.tile_statistics(tile)
@@ -213,16 +214,6 @@ def _tile_place(part: _Part, place: tuple[int, int, int], position: Floats) -> t
     side = _turned(region, part.view)
     position[:] = _code(turned * meta.tile_um, np.array([side.cols, side.rows]) * meta.tile_um / 2, part.view)
     return int(turned[1]), int(turned[0])
-
-
-def _decode(group: Group, place: tuple[int, int, int], tile_px: int) -> npt.NDArray[np.uint8]:
-    tile: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(group.tiles[place], colorspace="RGB")
-    if tile.shape != (tile_px, tile_px, 3):
-        raise ValueError(
-            f"slide {group.meta.slide}: tile {place} is {tile.shape[1]} x {tile.shape[0]} px, the model reads "
-            f"{tile_px}; pack with that tile_px, or set model.tile_px"
-        )
-    return tile
 
 
 def _profiles(layout: _Layout) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 from scipy import sparse, spatial
 
+from storm.data.tile import decode_tile
 from storm.evaluate.baselines import colour_features
 from storm.store import SlideStore
 
@@ -58,7 +58,8 @@ def patches(store: SlideStore, xy_um: Floats, side_um: float = PATCH_UM) -> npt.
 
 
 def _tile(store: SlideStore, row: int, col: int) -> npt.NDArray[np.uint8]:
-    return np.asarray(simplejpeg.decode_jpeg(store.jpeg(store.tile_index[row, col])))
+    jpeg = store.jpeg(store.tile_index[row, col])
+    return decode_tile(jpeg, store.info.tile_px, f"{store.path}: tile ({row}, {col})")
 
 
 def _paste(patch: npt.NDArray[np.uint8], tile: npt.NDArray[np.uint8], x: int, y: int) -> None:

@@ -262,7 +262,7 @@ def test_stain_jitter_changes_pixels_alone() -> None:
 
 def test_a_tile_of_another_size_and_an_unknown_panel_are_named() -> None:
     group = samples.group(12)
-    with pytest.raises(ValueError, match=r"slide s1: tile .* is 32 x 32 px, the model reads 64"):
+    with pytest.raises(ValueError, match=r"slide s1: tile .* is 32 x 32 px, not 64"):
         collate([group], [plain_view(group, True)], samples.spec(tile_px=64))
     stranger = dataclasses.replace(group, meta=dataclasses.replace(group.meta, panel="q"))
     with pytest.raises(ValueError, match="slide s1: panel 'q'"):

@@ -1,0 +1,27 @@
+"""One stored tile: JPEG bytes in, RGB pixels out, at the size that was promised or not at all."""
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+
+
+def decode_tile(jpeg: bytes, tile_px: int, source: str, least_px: tuple[int, int] = (0, 0)) -> npt.NDArray[np.uint8]:
+    """Pixels uint8 [tile_px, tile_px, 3]; the size in the header is compared before anything is allocated for it.
+
+    Args:
+        source: names the tile in errors.
+        least_px: (width, height) that is enough: the tile may come back reduced, by the powers of two of the format.
+
+    Raises:
+        ValueError: not a JPEG, or of another size.
+    """
+    try:
+        height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]
+        if (height, width) == (tile_px, tile_px):
+            pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
+                jpeg, "RGB", min_width=least_px[0], min_height=least_px[1], min_factor=1
+            )
+            return pixels
+    except ValueError as error:
+        raise ValueError(f"{source} is damaged ({error}); build and pack its slide again") from error
+    raise ValueError(f"{source} is {width} x {height} px, not {tile_px}; build and pack its slide again")
