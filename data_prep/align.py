@@ -99,7 +99,12 @@ def read_matrix(path: Path) -> Matrix:
         matrix = np.loadtxt(path, delimiter=",", ndmin=2)
     except ValueError as error:
         raise ValueError(f"{path}: not a csv of numbers ({error}); write three lines of three") from None
-    if matrix.shape != (3, 3) or not np.allclose(matrix[2], [0, 0, 1]) or abs(np.linalg.det(matrix)) < 1e-12:
+    if (
+        matrix.shape != (3, 3)
+        or not np.isfinite(matrix).all()
+        or not np.allclose(matrix[2], [0, 0, 1])
+        or abs(np.linalg.det(matrix)) < 1e-12
+    ):
         raise ValueError(f"{path}: no invertible affine 3 x 3 matrix whose last line is 0,0,1; write three lines")
     return matrix
 

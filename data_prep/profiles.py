@@ -87,8 +87,13 @@ def profiles_of(
     row: ManifestRow, slide: slides.Slide, measured: Measurement, placed: Placed, config: PrepConfig
 ) -> tuple[schema.Profiles, genes.GeneTable, dict[str, Any]]:
     """Profiles in the slide's micron frame, their genes, and facts."""
+    for names in (measured.ids, measured.names, measured.symbols):
+        schema.check_names(names, str(row.measurement))
     aliases = genes.read_aliases(Path(config.aliases)) if config.aliases else None
     gene_map = genes.map_columns(measured.names, measured.symbols, row.species, aliases)
+    if not len(gene_map.table):
+        raise ValueError(f"{row.measurement}: all {len(measured.names)} columns are technical controls; give the "
+                         "counts of genes")  # fmt: skip
     if gene_map.mapped_share < config.min_mapped:
         raise ValueError(
             f"{row.measurement}: only {100 * gene_map.mapped_share:.1f} % of the columns map to {row.species} genes "

@@ -4,7 +4,6 @@ In: what a measurement calls its columns. Out: canonical ids (version stripped, 
 was mapped, and `GeneTable`, the ordered gene list of a store, a shard set or an export. numpy only.
 """
 
-import csv
 import functools
 import gzip
 import hashlib
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from storm import files
 
+_COLUMNS = ["ensembl_id", "symbol", "share"]
 _ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{11})(\.\d+)?(_PAR_Y)?")
 # Excel turned SEPT2 into 2-Sep and MARCH1 into 1-Mar; HGNC has since renamed the families to SEPTIN and MARCHF.
 _MONTHS = {"sep": "SEPTIN", "mar": "MARCHF", "dec": "DELEC"}
@@ -52,16 +52,24 @@ class GeneTable:
     def to_tsv(self) -> bytes:
         """The table as tsv: ensembl_id, symbol and, where known, share."""
         share = [] if self.share is None else [[f"{s:.9e}" for s in self.share]]
-        header = ["ensembl_id", "symbol", "share"][: 2 + len(share)]
+        header = _COLUMNS[: 2 + len(share)]
         rows = zip(self.ids, self.symbols, *share, strict=True)
         return ("\n".join("\t".join(row) for row in [header, *rows]) + "\n").encode()
 
     @classmethod
     def read(cls, path: Path) -> "GeneTable":
-        """The table in a tsv file. Raises ValueError naming the file where its header is another."""
-        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t"))
-        if not rows or rows[0][:2] != ["ensembl_id", "symbol"]:
+        """The table in a tsv file. Raises ValueError naming the file where its columns are others."""
+        # As to_tsv writes it: no quoting, and no line breaks but "\n".
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is no UTF-8 text ({error.reason}); restore the gene table") from None
+        rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
+        if rows[0] not in (_COLUMNS, _COLUMNS[:2]):
             raise ValueError(f"{path}: the first line must be 'ensembl_id<TAB>symbol'; this is no gene table")
+        bad = next((n for n, row in enumerate(rows, 1) if len(row) != len(rows[0])), None)
+        if bad is not None:
+            raise ValueError(f"{path}: line {bad} has not {len(rows[0])} tab-separated columns; restore the gene table")
         share = np.array([float(r[2]) for r in rows[1:]]) if len(rows[0]) > 2 else None
         return cls(tuple(r[0] for r in rows[1:]), tuple(r[1] for r in rows[1:]), share)
 
@@ -154,7 +162,7 @@ def map_columns(names: list[str], symbols: list[str], species: str, aliases: dic
 
 def read_aliases(path: Path) -> dict[str, str]:
     """A user's two-column tsv (name, Ensembl id or current symbol) as a dict."""
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     bad = next((i for i, row in enumerate(rows, 1) if len(row) != 2), None)
     if bad is not None:
         raise ValueError(f"{path}: line {bad} has not two tab-separated columns (name, Ensembl id or symbol)")

@@ -28,6 +28,7 @@ PROFILE_KINDS = {"st": "spot", "visium": "spot", "visium_hd": "bin", "xenium": "
 SPLITS = ("train", "val", "test")
 DISC, SQUARE = 0, 1  # footprint kinds; footprint_um is the disc's diameter or the square's side
 
+BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # control and line-break characters: no name holds one
 SLIDE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TILE_MEMBER = re.compile(r"g(\d+)r(\d+)c(\d+)\.jpg")
 
@@ -181,8 +182,20 @@ def save_arrays(arrays: dict[str, npt.NDArray]) -> bytes:
     return buffer.getvalue()
 
 
+def check_names(names: list[str], source: str) -> None:
+    """Raises ValueError where a name holds a control or line-break character: tables of names would fall apart."""
+    bad = next((name for name in names if BREAKS.search(name)), None)
+    if bad is not None:
+        raise ValueError(f"{source}: the name {bad!r} holds a control or line-break character; remove it")
+
+
 def pack_text(items: list[str]) -> npt.NDArray[np.uint8]:
-    """Strings without line breaks as one uint8 array (zarr v3 has no settled form for them)."""
+    """Strings as one uint8 array (zarr v3 has no settled form for them).
+
+    Raises:
+        ValueError: one holds a control or line-break character.
+    """
+    check_names(items, "names to store")
     return np.frombuffer("\n".join(items).encode(), dtype=np.uint8)
 
 

@@ -71,6 +71,22 @@ def test_table_round_trip_and_hash(tmp_path: Path) -> None:
         genes.GeneTable.read(path)
 
 
+@pytest.mark.parametrize("symbol", ['"TP53', 'T"P53"', "TP\u202853", "TP\x0c53", "'", ""])
+def test_odd_symbols_are_read_as_they_were_written(tmp_path: Path, symbol: str) -> None:
+    table = genes.GeneTable(("A", "B", "C"), ("a", symbol, "c"))
+    path = tmp_path / "genes.tsv"
+    path.write_bytes(table.to_tsv())
+    assert genes.GeneTable.read(path) == table
+
+
+@pytest.mark.parametrize("symbol", ["TP\t53", "TP\n53"])
+def test_a_table_that_fell_apart_is_named(tmp_path: Path, symbol: str) -> None:
+    path = tmp_path / "genes.tsv"
+    path.write_bytes(genes.GeneTable(("A", "B"), (symbol, "b")).to_tsv())
+    with pytest.raises(ValueError, match=r"genes\.tsv: line [23] has not 2 tab-separated columns"):
+        genes.GeneTable.read(path)
+
+
 def test_union_is_sorted_and_first_symbol_wins() -> None:
     one, other = genes.GeneTable(("B",), ("first",)), genes.GeneTable(("A", "B"), ("a", "second"))
     assert genes.union([one, other]) == genes.GeneTable(("A", "B"), ("a", "first"))

@@ -85,3 +85,9 @@ def test_decode_refuses_missing_members_and_other_versions() -> None:
 def test_text_round_trip() -> None:
     assert schema.unpack_text(schema.pack_text([])) == []
     assert schema.unpack_text(schema.pack_text(["a-1", "", "b"])) == ["a-1", "", "b"]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\u2028", "\x0c", "\x85", "\x00"])
+def test_names_with_breaks_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="holds a control or line-break character"):
+        schema.pack_text(["a", name])

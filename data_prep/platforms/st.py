@@ -37,9 +37,12 @@ def _table(path: Path, index: bool) -> "pd.DataFrame":
         raise ValueError(f"{path}: no such file; correct the manifest")
     separator = "," if ".csv" in path.suffixes else "\t"
     try:
-        return pd.read_csv(path, sep=separator, index_col=0 if index else None, low_memory=False)
+        header = pd.read_csv(path, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0]
+        table = pd.read_csv(path, sep=separator, index_col=0 if index else None, low_memory=False)
+        table.columns = pd.Index(header.iloc[len(header) - table.shape[1] :])  # pandas renames those that come twice
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: not readable as a table ({error}); restore the file") from error
+    return table
 
 
 def _rounded(name: str) -> str | None:
@@ -69,16 +72,22 @@ def _counts(path: Path) -> tuple[list[str], list[str], npt.NDArray[np.int64]]:
 
 def _spots(path: Path) -> dict[str, tuple[float, float, bool]]:
     """Spot id -> (pixel_x, pixel_y, selected)."""
+    import pandas as pd
+
     table = _table(path, index=False)
     missing = [c for c in _COLUMNS if c not in table.columns]
     if missing:
         raise ValueError(f"{path}: columns {missing} are missing; a spot file has {', '.join(_COLUMNS)}")
-    bad = table[list(_COLUMNS)].isna().any(axis=1)
-    if bad.any():
-        raise ValueError(f"{path}: line {int(np.flatnonzero(bad)[0]) + 2} has no coordinates; complete or remove it")
+    twice = sorted({c for c in table.columns if list(table.columns).count(c) > 1})
+    if twice:
+        raise ValueError(f"{path}: columns {twice} come twice; keep one of each")
+    places = np.column_stack([pd.to_numeric(table[c], errors="coerce") for c in _COLUMNS])
+    bad = np.flatnonzero(~np.isfinite(places).all(axis=1))
+    if bad.size:
+        raise ValueError(f"{path}: line {int(bad[0]) + 2} has no coordinates; complete or remove it")
     selected = table["selected"] == 1 if "selected" in table.columns else np.ones(len(table), bool)
     found: dict[str, tuple[float, float, bool]] = {}
-    for x, y, px, py, keep in zip(*(table[c] for c in _COLUMNS), selected, strict=True):
+    for (x, y, px, py), keep in zip(places.tolist(), selected, strict=True):
         name = f"{round(x)}x{round(y)}"
         if name in found:
             raise ValueError(f"{path}: spot {name} comes twice after rounding; keep one line for each spot")

@@ -8,7 +8,9 @@ last one. Whether the file has a header is told by its content, not by its name.
 """
 
 import csv
+import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +145,8 @@ def _lines(path: Path) -> list[list[str]]:
 
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    return [line.split("\t") for line in text.splitlines()]
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")  # splitlines breaks at more than line breaks
+    return [line.split("\t") for line in lines if text]
 
 
 def _read_mex(folder: Path) -> Matrix:
@@ -152,7 +155,10 @@ def _read_mex(folder: Path) -> Matrix:
 
     matrix_path, features_path, barcodes_path = _mex_files(folder)
     features, barcodes = _lines(features_path), [row[0] for row in _lines(barcodes_path)]
-    matrix = coo_matrix(mmread(matrix_path))
+    try:
+        matrix = coo_matrix(mmread(matrix_path))
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{matrix_path}: no readable matrix ({error}); restore it from Space Ranger's outs") from error
     if matrix.shape != (len(features), len(barcodes)):
         raise ValueError(
             f"{matrix_path}: is {matrix.shape[0]} x {matrix.shape[1]}, but there are {len(features)} features and "
@@ -182,19 +188,25 @@ def read_positions(path: Path) -> dict[str, tuple[bool, int, int, float, float]]
     """Barcode -> (in_tissue, array_row, array_col, x_px0, y_px0).
 
     Raises:
-        ValueError: a line without six fields, or with fields that are no numbers.
+        ValueError: a line without six fields, with fields that are no numbers, or of a barcode that came before.
     """
     rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     if rows and not (len(rows[0]) > 1 and rows[0][1].strip().isdigit()):
         rows = rows[1:]  # a header: its second field is a name
-    found = {}
+    found: dict[str, tuple[bool, int, int, float, float]] = {}
     for number, row in enumerate(rows, 1):
         try:
             barcode, in_tissue, array_row, array_col, y_px0, x_px0 = row
-            found[barcode] = (in_tissue.strip() == "1", int(array_row), int(array_col), float(x_px0), float(y_px0))
+            place = (in_tissue.strip() == "1", int(array_row), int(array_col), float(x_px0), float(y_px0))
+            if not math.isfinite(place[3] + place[4]):
+                raise ValueError("its place is no number")
+            if found.setdefault(barcode, place) is not place:
+                raise ValueError(f"{barcode} comes twice")
         except ValueError as error:
             raise ValueError(f"{path}: row {number} is not barcode, in_tissue, array_row, array_col, pxl_row, pxl_col "
                              f"({error}); restore it from Space Ranger's outs") from None  # fmt: skip
+    if not found:
+        raise ValueError(f"{path}: holds no spot; restore it from Space Ranger's outs")
     return found
 
 
@@ -209,12 +221,22 @@ def _joined(barcodes: list[str], known: list[str], matrix: Path, positions: Path
             f"{matrix}: {len(strangers)} of {len(barcodes)} barcodes (as {strangers[0]!r}) are not in {positions.name} "
             f"(as {next(iter(known), '')!r}); give the positions of the same section"
         )
+    if len(set(barcodes)) < len(barcodes):
+        twice = next(b for b, n in Counter(barcodes).items() if n > 1)
+        raise ValueError(f"{matrix}: barcode {twice!r} comes twice; restore it from Space Ranger's outs")
     return barcodes
 
 
 def _scale_mpp(path: Path) -> float | None:
-    diameter = files.read_json(path).get("spot_diameter_fullres")
-    return SCALEFACTOR_SPOT_UM / float(diameter) if diameter else None
+    scale = files.read_json(path)
+    if not isinstance(scale, dict):
+        raise ValueError(f"{path}: holds no names with numbers; restore it from Space Ranger's outs")
+    diameter = scale.get("spot_diameter_fullres")
+    if not diameter:
+        return None
+    if not isinstance(diameter, int | float) or not 0 < diameter < math.inf:
+        raise ValueError(f"{path}: spot_diameter_fullres is no number of pixels; restore it from Space Ranger's outs")
+    return SCALEFACTOR_SPOT_UM / diameter
 
 
 def _expression(matrix: Matrix, rows: npt.NDArray[np.int64]) -> Matrix:
@@ -245,6 +267,8 @@ def read(measurement: Path, spots: Path | None) -> Measurement:
     raw = "raw_feature_bc_matrix" in matrix_path.name
     rows = np.array([r for r, b in enumerate(joined) if positions[b][0] or not raw], dtype=np.int64)
     notes = [f"raw matrix: {len(joined) - len(rows)} barcodes that are not in tissue are left out"] if raw else []
+    if not rows.size:
+        raise ValueError(f"{matrix_path}: holds no barcode{' in tissue' if raw else ''}; give a section with spots")
     kept = _expression(matrix, rows)
     dropped = len(matrix.names) - len(kept.names)
     if dropped:

@@ -84,6 +84,7 @@ def test_junk_in_a_file_is_no_mpp() -> None:
         ("1,0\n0,1", "no invertible affine"),
         ("1,0,0\n0,0,0\n0,0,1", "no invertible affine"),
         ("1,0,0\n0,1,0\n1,0,1", "no invertible affine"),
+        ("1,0,nan\n0,1,0\n0,0,1", "no invertible affine"),
         ("a,b,c", "not a csv of numbers"),
     ],
 )

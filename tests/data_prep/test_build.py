@@ -128,6 +128,10 @@ def test_faults_are_listed_and_the_rest_goes_on(built: Built, corpus: Path, tmp_
         {"slide_id": "coarse", "image": "images/i.tif", "platform": "image", "mpp": "2.5"},
         {"slide_id": "bomb", "image": "bomb.png", "platform": "image", "mpp": "1"},
     ]
+    write_visium(corpus / "broken_name" / "outs", genes=["TP53\n", "EGFR", "ERBB2", "MKI67", "CD3E"])
+    write_visium(corpus / "control" / "outs", genes=["BLANK-1", "BLANK-2", "NegPrb1", "NegPrb2", "NegPrb3"])
+    for name in ("broken_name", "control"):
+        rows.append({"slide_id": name, "image": "images/v.tif", "measurement": f"{name}/outs", "platform": "visium"})
     cv2.imwrite(str(corpus / "bomb.png"), np.zeros((2000, 1000, 3), np.uint8))
     path = write_manifest(corpus / "faults.csv", rows)
     code, folder = built("max_image_mpx=1", manifest=path)
@@ -142,6 +146,8 @@ def test_faults_are_listed_and_the_rest_goes_on(built: Built, corpus: Path, tmp_
         "odd": "only 40.0 % of the columns map to human genes",
         "small": "of 64 profiles lie beside the image (300 x 300 px)",
         "coarse": "2.50 um per pixel is too coarse",
+        "broken_name": "outs: the name 'TP53\\n' holds a control or line-break character",
+        "control": "outs: all 5 columns are technical controls",
         "bomb": "2 megapixels would be decoded at once, max_image_mpx is 1",
     }
     assert reasons.keys() == expected.keys()

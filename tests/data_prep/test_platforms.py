@@ -119,7 +119,12 @@ def test_barcodes_that_do_not_join_stop(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("spatial/tissue_positions.csv", "A-1,1,0,0,5\n", "row 1 is not barcode, in_tissue"),
+        ("spatial/tissue_positions.csv", "A-1,1,0,0,nan,5\n", "row 1 is not .*its place is no number"),
+        ("spatial/tissue_positions.csv", "A-1,1,0,0,5,5\nA-1,1,0,0,6,5\n", "row 2 is not .*A-1 comes twice"),
+        ("spatial/tissue_positions.csv", "", r"positions\.csv: holds no spot"),
         ("spatial/scalefactors_json.json", "{", "not readable as JSON"),
+        ("spatial/scalefactors_json.json", "[1]", r"factors_json\.json: holds no names with numbers"),
+        ("spatial/scalefactors_json.json", '{"spot_diameter_fullres": "wide"}', "is no number of pixels"),
         ("filtered_feature_bc_matrix.h5", "no h5", "no readable 10x matrix"),
         ("filtered_feature_bc_matrix.h5", None, "has no matrix"),
         ("spatial/tissue_positions.csv", None, "has no positions"),
@@ -164,6 +169,29 @@ def test_an_unsound_h5_matrix_is_named(tmp_path: Path, name: str, change, messag
         visium.read(outs, None)
 
 
+@pytest.mark.parametrize("first", [1, 0])
+def test_a_barcode_that_comes_twice_is_refused(tmp_path: Path, first: int) -> None:
+    outs = write_visium(tmp_path)
+    with h5py.File(outs / "filtered_feature_bc_matrix.h5", "a") as root:
+        barcodes = root["matrix/barcodes"]
+        # The second time by its whole name, or by its name without the suffix.
+        barcodes[0] = barcodes[1] if first else barcodes[1].replace(b"-1", b"")
+    with pytest.raises(ValueError, match=r"bc_matrix\.h5: barcode 'CAAA.*-1' comes twice"):
+        visium.read(outs, None)
+
+
+def test_a_matrix_without_barcodes_or_cut_is_named(tmp_path: Path) -> None:
+    outs = mex_of(write_visium(tmp_path / "none"), zipped=False)
+    folder = outs / "filtered_feature_bc_matrix"
+    (folder / "barcodes.tsv").write_text("")
+    (folder / "matrix.mtx").write_text("%%MatrixMarket matrix coordinate integer general\n6 0 0\n")
+    with pytest.raises(ValueError, match="holds no barcode"):
+        visium.read(outs, None)
+    (folder / "matrix.mtx").write_text("%%MatrixMarket matrix coordinate integer general\n6 1 2\n1 1 1\n")
+    with pytest.raises(ValueError, match=r"matrix\.mtx: no readable matrix"):
+        visium.read(outs, None)
+
+
 def test_normalised_counts_are_refused(tmp_path: Path) -> None:
     outs = write_visium(tmp_path)
     with h5py.File(outs / "filtered_feature_bc_matrix.h5", "a") as root:
@@ -191,6 +219,16 @@ def test_st_transposed_and_fractional_ids(tmp_path: Path) -> None:
     np.testing.assert_array_equal(dense(st.read(tmp_path / "turned.tsv", spots)), dense(st.read(counts, spots)))
 
 
+@pytest.mark.parametrize("corner", ["\t", ""])
+def test_st_columns_keep_their_names(tmp_path: Path, corner: str) -> None:
+    counts, spots = write_st(tmp_path, genes=("TP53", "EGFR", "TP53", "CD3E", "TP53.1"))
+    text = gzip.decompress(counts.read_bytes()).decode()
+    counts.write_bytes(gzip.compress((corner + text.removeprefix("\t")).encode()))
+    found = st.read(counts, spots)
+    assert found.names == found.symbols == ["TP53", "EGFR", "TP53", "CD3E", "TP53.1"]
+    assert dense(found).shape == (15, 5)
+
+
 def test_st_spots_without_counts_are_reported(tmp_path: Path) -> None:
     counts, spots = write_st(tmp_path)
     with spots.open("a") as handle:
@@ -206,6 +244,9 @@ def test_st_spots_without_counts_are_reported(tmp_path: Path) -> None:
         (lambda t: t.replace("1\t2\t", "1\t1\t", 1), "spot 1x1 comes twice"),
         (lambda t: t.replace("120.00", "", 1), "has no coordinates"),
         (lambda t: t.replace("\t1\n", "\t0\n"), "selects none of the 16 spots"),
+        (lambda t: t.replace("120.00", "inf", 1), "line 2 has no coordinates"),
+        (lambda t: t.replace("1\t2\t", "one\t2\t", 1), "line 3 has no coordinates"),
+        (lambda t: t.replace("new_x", "pixel_x"), r"columns \['pixel_x'\] come twice"),
     ],
 )
 def test_st_spot_files_with_faults(tmp_path: Path, edit, message: str) -> None:
