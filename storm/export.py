@@ -12,6 +12,8 @@ In: a complete checkpoint. Out: a folder of plain files, complete or absent:
 DeepSpeed's files are never read. `load` needs torch, safetensors and numpy alone.
 """
 
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from storm.genes import GeneTable, unpack_panel
 from storm.model.morphology import PIXEL_MEAN, PIXEL_SD
 from storm.model.storm import Storm
 from storm.presets import ModelConfig, resolve_model
+from storm.schema import DISC, PLATFORMS, SQUARE
 
 WEIGHTS, CONFIG, PREPROCESSOR, GENES, SUMS = (
     "model.safetensors", "config.json", "preprocessor_config.json", "genes.tsv", "SHA256SUMS",
@@ -34,6 +37,14 @@ WEIGHTS, CONFIG, PREPROCESSOR, GENES, SUMS = (
 EXPORT_VERSION = 1
 _READ = ["model.safetensors", "model.json", "genes.tsv", "reference.json", "config.yaml"]  # of the checkpoint
 _IDENTITY = (CONFIG, PREPROCESSOR, GENES, WEIGHTS)  # what a prediction depends on
+_LARGEST_TILE_PX = 4096  # no weight has this size, but the patches of a tile are held in memory
+# What config.json must hold for a prediction; float: finite, or a whole number.
+_FIELDS: dict[str, type] = {
+    "model": dict, "n_genes": int, "code_version": str, "reference.slide_log_density": float,
+    "reference.platform": str, "reference.panel": str, "reference.footprint_um": float, "reference.footprint_kind": int,
+    "data.shards_hash": str, "data.gene_hash": str, "data.split_by": str, "data.spots_side": int,
+    "data.platforms": dict,
+}  # fmt: skip
 _REFERENCE = ("slide_log_density", "platform", "panel", "footprint_um", "footprint_kind")
 # A whitelist: whatever else a run remembers of its data (slides, donors) stays in the run.
 _DATA = (
@@ -115,15 +126,60 @@ def _sums(folder: Path) -> str:
 
 def _build(config: dict[str, Any], n_genes: int, weights: dict[str, torch.Tensor], source: Path) -> Storm:
     """The model with these weights, in eval mode. Raises ValueError where names or shapes do not fit."""
-    model = Storm(resolve_model(config["model"]), n_genes)
+    cure = "export it again with the code that trained it"
+    try:
+        sizes = resolve_model(config["model"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source.parent}: its model config is not valid ({error}); {cure}") from None
+    least, held = _least(sizes, n_genes), sum(tensor.numel() for tensor in weights.values())
+    if least > held or sizes.tile_px > _LARGEST_TILE_PX:
+        fact = f"model config: tiles of {sizes.tile_px} px and more than {least} weights; it holds {held}"
+        raise ValueError(f"{source}: weights of another model ({fact}); {cure}")
+    model = Storm(sizes, n_genes)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         fact = str(error).splitlines()[1].strip()
-        raise ValueError(
-            f"{source}: weights of another model ({fact}); export it again with the code that trained it"
-        ) from None
+        raise ValueError(f"{source}: weights of another model ({fact}); {cure}") from None
     return model.eval().requires_grad_(False)
+
+
+def _least(sizes: ModelConfig, n_genes: int) -> int:
+    """A number of weights that such a model surely exceeds: what is loaded bounds what is built."""
+    return max(
+        sizes.image_depth * sizes.image_width**2, sizes.fusion_depth * sizes.fusion_width**2,
+        sizes.space_depth * sizes.space_width**2, 3 * sizes.patch_px**2 * sizes.image_width,
+        n_genes * sizes.gene_width, sizes.registers * sizes.space_width,
+    )  # fmt: skip
+
+
+def _check(config: dict[str, Any], genes: GeneTable, path: Path) -> None:
+    """Raise ValueError where config.json at `path` lacks what a prediction needs, or says what cannot be."""
+    for key, kind in _FIELDS.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        number = type(value) is int or (type(value) is float and math.isfinite(value))  # a bool is none
+        if not (number if kind is float else type(value) is kind):
+            raise ValueError(f"{path}: {key} is {value!r}, not of type {kind.__name__}; export the checkpoint again")
+    reference, data = config["reference"], config["data"]
+    faults = {
+        f"n_genes is {config['n_genes']}, {GENES} holds {len(genes)}": config["n_genes"] != len(genes),
+        f"data.gene_hash is not that of {GENES}": data["gene_hash"] != genes.hash,
+        f"reference.platform {reference['platform']!r} is unknown": reference["platform"] not in PLATFORMS,
+        f"reference.footprint_um is {reference['footprint_um']}": reference["footprint_um"] <= 0,
+        "reference.footprint_kind is neither disc nor square": reference["footprint_kind"] not in (DISC, SQUARE),
+        f"data.spots_side is {data['spots_side']}": data["spots_side"] < 1,
+        f"data.split_by is {data['split_by']!r}": data["split_by"] not in ("donor", "section"),
+        "reference.panel is no mask over the genes": not _is_panel(reference["panel"], len(genes)),
+    }
+    for fact, wrong in faults.items():
+        if wrong:
+            raise ValueError(f"{path}: {fact}; export the checkpoint again")
+
+
+def _is_panel(text: str, n_genes: int) -> bool:
+    return re.fullmatch(r"([0-9a-f]{2})+", text) is not None and len(text) == 2 * -(-n_genes // 8)
 
 
 def verify(folder: Path) -> list[str]:
@@ -153,18 +209,22 @@ def load(folder: str | Path) -> Pretrained:
     if faults := verify(folder):
         raise ValueError("\n".join(faults))
     config: dict[str, Any] = files.read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG}: holds no object; export the checkpoint again")
     if config.get("export_version") != EXPORT_VERSION:
         raise ValueError(
             f"{folder / CONFIG}: export version {config.get('export_version')}, this code reads {EXPORT_VERSION}; "
             "export the checkpoint again"
         )
     genes = GeneTable.read(folder / GENES)
+    _check(config, genes, folder / CONFIG)
     try:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS}: not readable as safetensors ({error}); export again") from None
+    model = _build(config, len(genes), weights, folder / WEIGHTS)
     identity = "".join(f"{name} {files.sha256_file(folder / name)}\n" for name in _IDENTITY)
     return Pretrained(
-        _build(config, len(genes), weights, folder / WEIGHTS), resolve_model(config["model"]), genes,
-        config["reference"], config["data"], config["code_version"], files.sha256_of(identity.encode()),
+        model, model.config, genes, config["reference"], config["data"], config["code_version"],
+        files.sha256_of(identity.encode()),
     )  # fmt: skip

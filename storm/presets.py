@@ -5,6 +5,7 @@ In: a preset name and what differs from it. Out: `ModelConfig`, as stored in eve
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,12 @@ class ModelConfig:
     organs: tuple[str, ...] = ()  # names behind organ ids 1, 2, ...; 0 = unknown
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "registers" else 1
+            if field.type is int and value < least:
+                raise ValueError(f"model.{field.name}={value} must be {least} or more")
+        if not 0 < self.tile_mpp < math.inf:
+            raise ValueError(f"model.tile_mpp={self.tile_mpp} must be above 0")
         for name in ("image_width", "fusion_width", "space_width"):
             if getattr(self, name) % self.head_width:
                 raise ValueError(f"model.{name}={getattr(self, name)} is no multiple of head_width={self.head_width}")

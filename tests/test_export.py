@@ -86,6 +86,65 @@ def test_sums_that_point_outside_are_refused(exported: Path) -> None:
         export.load(exported)
 
 
+def _changed(exported: Path, key: str, value: object) -> Path:
+    """The export with one value of its config.json changed (None: removed), under sums that hold."""
+    config = files.read_json(exported / "config.json")
+    *parents, last = key.split(".")
+    inner = config
+    for name in parents:
+        inner = inner[name]
+    inner.pop(last) if value is None else inner.update({last: value})
+    files.write_json(exported / "config.json", config)
+    names = sorted(path.name for path in exported.iterdir() if path.name != "SHA256SUMS")
+    sums = "".join(f"{files.sha256_file(exported / name)}  {name}\n" for name in names)
+    (exported / "SHA256SUMS").write_text(sums)
+    return exported
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fact"),
+    [
+        ("model", None, r"config\.json: model is None"),
+        ("data.spots_side", None, r"config\.json: data\.spots_side is None"),
+        ("data.spots_side", 0, r"config\.json: data\.spots_side is 0"),
+        ("data.split_by", "luck", r"config\.json: data\.split_by is 'luck'"),
+        ("data.gene_hash", "0" * 64, r"config\.json: data\.gene_hash is not that of genes\.tsv"),
+        ("n_genes", 1, r"config\.json: n_genes is 1, genes\.tsv holds 40"),
+        ("n_genes", True, r"config\.json: n_genes is True"),
+        ("reference", [], r"config\.json: reference\.slide_log_density is None"),
+        ("reference.panel", "zz", r"config\.json: reference\.panel is no mask"),
+        ("reference.panel", "ff", r"config\.json: reference\.panel is no mask"),
+        ("reference.platform", "sonar", r"config\.json: reference\.platform 'sonar' is unknown"),
+        ("reference.footprint_um", -1, r"config\.json: reference\.footprint_um is -1"),
+        ("reference.footprint_kind", 7, r"config\.json: reference\.footprint_kind"),
+        ("model.head_width", 0, r"model: its model config is not valid \(model\.head_width=0 must be 1 or more\)"),
+        ("model.tile_mpp", 0, r"model\.tile_mpp=0 must be above 0"),
+        ("model.organs", 3, r"its model config is not valid"),
+        ("model.organs", [], r"model\.safetensors: weights of another model \(size mismatch for fusion\.organ"),
+        ("model.image_width", 10**6, r"model\.safetensors: weights of another model"),
+        ("model.image_width", 10**15, r"model\.safetensors: weights of another model"),
+        ("model.space_depth", 10**12, r"another model \(model config: .* more than \d+ weights; it holds \d+\)"),
+        ("model.patch_px", 10**9, r"model\.tile_px=32 is no multiple of patch_px"),
+        ("model.registers", 10**12, r"model\.safetensors: weights of another model"),
+        ("model.tile_px", 16 * 10**9, r"another model \(model config: tiles of 16000000000 px"),
+    ],
+)
+def test_a_foreign_config_is_refused_by_file_and_key(exported: Path, key: str, value: object, fact: str) -> None:
+    with pytest.raises(ValueError, match=fact):
+        export.load(_changed(exported, key, value))
+
+
+def test_a_config_that_is_no_object_is_refused(exported: Path) -> None:
+    (exported / "config.json").write_text("[1]")
+    sums = (exported / "SHA256SUMS").read_text().splitlines(keepends=True)
+    own = [f"{files.sha256_of(b'[1]')}  config.json\n" if "config.json" in line else line for line in sums
+           if "preprocessor" not in line]  # fmt: skip
+    own += [line for line in sums if "preprocessor" in line]
+    (exported / "SHA256SUMS").write_text("".join(own))
+    with pytest.raises(ValueError, match=r"config\.json: holds no object"):
+        export.load(exported)
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     checkpoint = untrained.write_checkpoint(tmp_path / "run", complete=False)
     model = files.read_json(checkpoint / "model.json")
