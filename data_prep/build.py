@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -30,13 +31,13 @@ from storm import files, genes, regions, schema, store
 from storm.config import PrepConfig, load
 
 FAILURES = "failures.json"
-# What a store depends on; the other keys of PrepConfig are pack's.
+# What a store depends on; the other keys of PrepConfig are pack's, or only refuse (max_tiles, max_px_per_byte).
 _CONFIG_KEYS = (
     "tile_px", "tile_mpp", "jpeg_quality", "min_tissue", "min_mapped", "max_image_mpx", "max_upsampling",
     "max_failed_tiles", "lattice_residual_px0", "lattice_anisotropy", "st_residual_um", "st_anisotropy", "mpp_warn",
     "mpp_refuse",
 )  # fmt: skip
-# What a damaged or wrong input raises; anything else is a fault of ours and is not caught.
+# What a damaged or wrong input raises; anything else is a fault of ours, and is told as such.
 INPUT_ERRORS = (ValueError, OSError, EOFError, zlib.error)
 
 
@@ -49,10 +50,13 @@ def fingerprint(row: ManifestRow, config: PrepConfig) -> str:
     paths = slides.files_of(row.image)
     if row.platform != IMAGE_ONLY and row.measurement:
         paths += platforms.reader(row.platform).inputs(row.measurement, row.spots)
-    paths += [p for p in (row.alignment, Path(config.aliases) if config.aliases else None) if p]
+    paths += [row.alignment] if row.alignment else []
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path}: no such file; correct the manifest")
+    if config.aliases:
+        genes.read_aliases(Path(config.aliases))
+        paths.append(Path(config.aliases))
     facts = {
         "row": {k: v for k, v in dataclasses.asdict(row).items() if not isinstance(v, Path)},
         "config": {key: getattr(config, key) for key in _CONFIG_KEYS},
@@ -142,6 +146,7 @@ def build_slide(row: ManifestRow, store_dir: Path, config: PrepConfig, mark: str
         profiles, table, facts = no_profiles(), genes.GeneTable((), ()), {"notes": []}
     tile_um = config.tile_px * config.tile_mpp
     grid = slides.Grid.over(slide, tile_um / mpp)
+    grid.check(slide, row.image, config.max_tiles, config.max_px_per_byte)
     tissue = quality.tissue_map(slide, grid)
     facts = {"slide": slide.facts, **placed.facts, **facts, "fingerprint": mark,
              "notes": [*placed.facts["notes"], *facts["notes"]]}  # fmt: skip
@@ -176,6 +181,13 @@ def _attempt(row: ManifestRow, store_dir: Path, config: PrepConfig) -> Outcome:
         build_slide(row, store_dir, config, mark)
     except INPUT_ERRORS as error:
         return Outcome(row.slide_id, "failed", str(error) or type(error).__name__)
+    except Exception as error:  # noqa: BLE001  one slide must not stop the others, whatever it meets
+        traceback.print_exc()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return Outcome(
+            row.slide_id, "failed", f"internal fault: {type(error).__name__}: {error} "
+            f"({Path(place.filename).name}:{place.lineno}); look for damage in the slide's files, and report it",
+        )  # fmt: skip
     return Outcome(row.slide_id, "built", seconds=time.perf_counter() - start)
 
 
@@ -213,12 +225,30 @@ def outcomes(rows: Sequence[ManifestRow], store_dir: Path, config: PrepConfig, w
             yield _answer(*running.pop(cast(int, sentinel)))
 
 
-def _without_folders(text: str, row: ManifestRow) -> str:
+def _without_folders(text: str, row: ManifestRow, store_dir: Path, config: PrepConfig) -> str:
     """An error's text for a file that may be shared: the folders of this machine are cut off its paths."""
-    for path in (row.image, row.measurement, row.spots, row.alignment):
-        if path:
+    aliases = Path(config.aliases) if config.aliases else None
+    for path in (row.image, row.measurement, row.spots, row.alignment, aliases, store_dir / FAILURES, store_dir):
+        if path and path.parent != Path():
             text = text.replace(f"{path.parent}{os.sep}", "")
     return text
+
+
+def _write_failures(done: Sequence[Outcome], rows: Sequence[ManifestRow], store_dir: Path, config: PrepConfig) -> None:
+    """Keep `failures.json`: the slides of this manifest that failed, and those of others whose store is out of date."""
+    path, by_id = store_dir / FAILURES, {row.slide_id: row for row in rows}
+    failed = {} if not path.is_file() else {
+        name: reason for name, reason in files.read_json(path).items()
+        if name not in by_id and (store_dir / f"{name}{store.SUFFIX}").is_file()
+    }  # fmt: skip
+    for outcome in done:
+        if outcome.state == "failed":
+            reason = _without_folders(outcome.reason, by_id[outcome.slide_id], store_dir, config)
+            failed[outcome.slide_id] = reason
+    if failed:
+        files.write_json(path, failed)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _line(outcome: Outcome, store_dir: Path) -> str:
@@ -240,17 +270,13 @@ def _line(outcome: Outcome, store_dir: Path) -> str:
 def build(rows: Sequence[ManifestRow], store_dir: Path, config: PrepConfig, workers: int) -> list[Outcome]:
     """Build every slide that is not current, print a line for each, and keep `failures.json`."""
     store_dir.mkdir(parents=True, exist_ok=True)
-    by_id = {row.slide_id: row for row in rows}
     done = []
     for outcome in outcomes(rows, store_dir, config, workers):
         print(_line(outcome, store_dir), flush=True)
         done.append(outcome)
-    failed = {o.slide_id: _without_folders(o.reason, by_id[o.slide_id]) for o in done if o.state == "failed"}
-    if failed:
-        files.write_json(store_dir / FAILURES, failed)
-    else:
-        (store_dir / FAILURES).unlink(missing_ok=True)
-    others = {p.name.removesuffix(store.SUFFIX) for p in store_dir.glob(f"*{store.SUFFIX}")} - by_id.keys()
+    _write_failures(done, rows, store_dir, config)
+    others = {p.name.removesuffix(store.SUFFIX) for p in store_dir.glob(f"*{store.SUFFIX}")}
+    others -= {row.slide_id for row in rows}
     if others:
         print(f"{len(others)} stores in {store_dir} are not in this manifest and stay: {', '.join(sorted(others)[:5])}")
     return done

@@ -156,13 +156,22 @@ def _write(sources: Sequence[Source], folder: Path, config: PrepConfig) -> dict[
     return {
         "schema_version": schema.SCHEMA_VERSION, "tile_px": sources[0].info.tile_px,
         "tile_mpp": sources[0].info.tile_mpp, "genes_sha256": files.sha256_file(folder / shards.GENES),
-        "gene_hash": found.table.hash, "split_by": config.split_by, "seed": config.seed, "prep": config.model_dump(),
+        "gene_hash": found.table.hash, "split_by": config.split_by, "seed": config.seed, "prep": _prep(config),
         "panels": {name: {"mask": genes.pack_panel(mask), "genes": int(mask.sum())}
                    for name, mask in sorted(found.panels.items())},
         "slides": {s.info.slide_id: _slide_entry(s, found.panel_of[s.info.slide_id]) for s in sources},
         "organs": sorted({s.info.organ for s in sources}), "platforms": sorted({s.info.platform for s in sources}),
         "reference": _reference(sources, found), "licenses": _licenses(sources), "splits": entries,
     }  # fmt: skip
+
+
+def _prep(config: PrepConfig) -> dict[str, Any]:
+    """The resolved config for the manifest, which may be shared: the aliases' sha256 stands for their path."""
+    values = config.model_dump()
+    if config.aliases:
+        genes.read_aliases(Path(config.aliases))
+        values["aliases"] = files.sha256_file(Path(config.aliases))
+    return values
 
 
 def _slide_entry(source: Source, panel: str) -> dict[str, str]:
@@ -243,7 +252,7 @@ def is_current(out: Path, sources: Sequence[Source], config: PrepConfig) -> bool
     try:
         manifest = shards.ShardSet(out).manifest
         packed = {name: (entry["store_sha256"], entry["split"]) for name, entry in manifest["slides"].items()}
-        return manifest["prep"] == config.model_dump() and same == packed and not shards.verify(out)
+        return manifest["prep"] == _prep(config) and same == packed and not shards.verify(out)
     except (ValueError, KeyError):
         return False  # damaged, or of an older schema: packed anew
 

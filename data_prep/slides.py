@@ -24,6 +24,7 @@ Pixels = npt.NDArray[np.uint8]
 
 _TOLERANCE = 1.01  # a level may be this much coarser than asked: 4.0003-fold pyramids are common
 _FACTS = {"openslide.objective-power": "objective_power", "openslide.level-count": "levels"}
+_FORMATS = ("JPEG", "PNG", "TIFF")  # of a plain image; others of Pillow's readers start programs (EPS)
 _MODES = ("RGB", "RGBA", "L", "P", "CMYK", "YCbCr")
 
 
@@ -59,6 +60,19 @@ class Grid:
     def over(cls, slide: Slide, tile_px0: float) -> "Grid":
         """The grid that covers a slide."""
         return cls(tile_px0, math.ceil(slide.height_px0 / tile_px0), math.ceil(slide.width_px0 / tile_px0))
+
+    def check(self, slide: Slide, path: Path, max_tiles: int, max_px_per_byte: int) -> None:
+        """Raises ValueError where a header of a few bytes would keep the machine busy for days."""
+        size = f"{path}: its header tells {slide.width_px0} x {slide.height_px0} px"
+        if self.rows * self.cols > max_tiles:
+            raise ValueError(
+                f"{size}, {self.rows * self.cols} tiles (max_tiles {max_tiles}); restore it, or raise that"
+            )
+        in_file = sum(part.stat().st_size for part in files_of(path))
+        if slide.width_px0 * slide.height_px0 > max_px_per_byte * in_file:
+            raise ValueError(
+                f"{size} in {in_file} bytes (max_px_per_byte {max_px_per_byte}); restore it, or raise that"
+            )
 
     def box(self, row: int, col: int, span: int = 1) -> tuple[int, int, int, int]:
         """(x, y, w, h) in level-0 px of `span` x `span` tiles; rounded so that neighbours abut."""
@@ -193,7 +207,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     """A plain image with its header read; Pillow's own size limit is lifted, because ours is checked next."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             yield image
     except (UnidentifiedImageError, SyntaxError) as error:
         raise ValueError(f"{path}: is no slide and no image that can be read; restore or convert it") from error

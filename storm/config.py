@@ -38,6 +38,10 @@ class PrepConfig(Section):
     max_image_mpx: int = Field(
         default=400, ge=1, description="largest whole-image decode (JPEG, PNG, untiled TIFF), megapixels"
     )
+    max_tiles: int = Field(default=2_000_000, ge=1, description="refuse a slide whose header asks for more tiles")
+    max_px_per_byte: int = Field(
+        default=100_000, ge=1, description="refuse a slide whose header tells more pixels per byte of its file"
+    )
     max_upsampling: float = Field(
         default=2.0, ge=1, description="refuse a slide whose own pixels are so much coarser than tile_mpp"
     )

@@ -161,7 +161,9 @@ def map_columns(names: list[str], symbols: list[str], species: str, aliases: dic
 
 
 def read_aliases(path: Path) -> dict[str, str]:
-    """A user's two-column tsv (name, Ensembl id or current symbol) as a dict."""
+    """A user's two-column tsv (name, Ensembl id or current symbol) as a dict. Raises ValueError naming the file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; correct the config's key aliases")
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     bad = next((i for i, row in enumerate(rows, 1) if len(row) != 2), None)
     if bad is not None:

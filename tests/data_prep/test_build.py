@@ -6,14 +6,16 @@ import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import openslide
 import pytest
 import simplejpeg
+import tifffile
 
-from data_prep import build, manifest, pack, platforms
+from data_prep import build, manifest, pack, platforms, profiles
 from storm import files, store
 from storm.config import PrepConfig
 from tests.data_prep.vendors import (
@@ -132,6 +134,15 @@ def test_faults_are_listed_and_the_rest_goes_on(built: Built, corpus: Path, tmp_
     write_visium(corpus / "control" / "outs", genes=["BLANK-1", "BLANK-2", "NegPrb1", "NegPrb2", "NegPrb3"])
     for name in ("broken_name", "control"):
         rows.append({"slide_id": name, "image": "images/v.tif", "measurement": f"{name}/outs", "platform": "visium"})
+    rows.append({"slide_id": "huge", "image": "images/huge.tif", "platform": "image"})
+    with tifffile.TiffFile(write_tiff(corpus / "images" / "huge.tif", tissue(300, 300), levels=1), mode="r+") as huge:
+        for name, side in {
+            "ImageWidth": 10**6,
+            "ImageLength": 10**6,
+            "TileWidth": 200_000,
+            "TileLength": 200_000,
+        }.items():
+            huge.pages.first.tags[name].overwrite(side, dtype="I")
     cv2.imwrite(str(corpus / "bomb.png"), np.zeros((2000, 1000, 3), np.uint8))
     path = write_manifest(corpus / "faults.csv", rows)
     code, folder = built("max_image_mpx=1", manifest=path)
@@ -148,6 +159,7 @@ def test_faults_are_listed_and_the_rest_goes_on(built: Built, corpus: Path, tmp_
         "coarse": "2.50 um per pixel is too coarse",
         "broken_name": "outs: the name 'TP53\\n' holds a control or line-break character",
         "control": "outs: all 5 columns are technical controls",
+        "huge": "huge.tif: its header tells 1000000 x 1000000 px",
         "bomb": "2 megapixels would be decoded at once, max_image_mpx is 1",
     }
     assert reasons.keys() == expected.keys()
@@ -157,6 +169,48 @@ def test_faults_are_listed_and_the_rest_goes_on(built: Built, corpus: Path, tmp_
     write_manifest(path, rows[:1])
     assert built("max_image_mpx=1", manifest=path)[0] == 0
     assert not (folder / build.FAILURES).exists()
+
+
+def test_an_internal_fault_stops_one_slide_alone(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = profiles.place
+
+    def place(row: manifest.ManifestRow, *rest: Any) -> Any:
+        return [].no_such_thing if row.slide_id == "t" else real(row, *rest)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(build, "place", place)
+    code, folder = built()
+    reason = files.read_json(folder / build.FAILURES)["t"]
+    assert (code, [p.name for p in store.paths(folder)]) == (1, ["i.zarr.zip", "v.zarr.zip"])
+    assert reason.startswith(
+        "internal fault: AttributeError: 'list' object has no attribute 'no_such_thing' (test_build"
+    )
+
+
+def test_a_stale_store_of_another_manifest_stays_listed(built: Built, corpus: Path) -> None:
+    built()
+    (corpus / "images" / "v.tif").write_bytes(b"no slide")
+    code, folder = built()
+    assert (code, (folder / "v.zarr.zip").is_file()) == (1, True)
+    other = write_manifest(corpus / "m.csv", [{"slide_id": "n", "image": "images/i.tif", "platform": "image"}])
+    assert built(manifest=other)[0] == 0
+    assert files.read_json(folder / build.FAILURES).keys() == {"v"}  # pack must go on leaving it out
+    write_tiff(corpus / "images" / "v.tif", tissue(950, 1000))
+    assert built()[0] == 0
+    assert not (folder / build.FAILURES).exists()
+
+
+def test_aliases_are_told_by_their_content(built: Built, corpus: Path, tmp_path: Path) -> None:
+    aliases = tmp_path / MARK / "aliases.tsv"
+    code, folder = built(f"aliases={aliases}")
+    reasons = files.read_json(folder / build.FAILURES)
+    assert (code, reasons["v"]) == (1, "aliases.tsv: no such file; correct the config's key aliases")
+    files.write_bytes(aliases, b"mine\tTP53\n")
+    assert built(f"aliases={aliases}")[0] == 0
+    words = ["--store", str(folder), "--out", str(tmp_path / "shards"), "tile_px=112", "tile_mpp=1.0"]
+    assert pack.main([*words, f"aliases={aliases}"]) == 0
+    found = (tmp_path / "shards" / "manifest.json").read_text()
+    assert json.loads(found)["prep"]["aliases"] == files.sha256_file(aliases)
+    assert MARK not in found
 
 
 def test_wrong_usage_is_2(built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

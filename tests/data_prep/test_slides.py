@@ -91,13 +91,27 @@ def test_a_bomb_is_refused_from_its_header(tmp_path: Path, monkeypatch: pytest.M
     assert Image.MAX_IMAGE_PIXELS is not None
 
 
-@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n cut"])
+@pytest.mark.parametrize(
+    "content", [b"", b"no image at all", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\x89PNG\r\n\x1a\n cut"]
+)
 def test_no_slide(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.svs").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.svs: is no slide"):
         slides.open_slide(tmp_path / "x.svs", 400)
     with pytest.raises(ValueError, match="no such image"):
         slides.open_slide(tmp_path / "absent.svs", 400)
+
+
+def test_a_grid_beyond_its_limits_is_refused(tmp_path: Path, pixels: np.ndarray) -> None:
+    path = write_tiff(tmp_path / "a.tif", pixels)
+    slide = slides.open_slide(path, 400)
+    grid, size = slides.Grid.over(slide, 10), path.stat().st_size
+    grid.check(slide, path, 1200, 1 + 120_000 // size)
+    with pytest.raises(ValueError, match=r"a\.tif: its header tells 400 x 300 px, 1200 tiles \(max_tiles 1199\)"):
+        grid.check(slide, path, 1199, 100_000)
+    path.write_bytes(b"x" * 1199)
+    with pytest.raises(ValueError, match=r"400 x 300 px in 1199 bytes \(max_px_per_byte 100\)"):
+        grid.check(slide, path, 1200, 100)
 
 
 def test_truncated_and_odd_images_are_named(tmp_path: Path, pixels: np.ndarray) -> None:
