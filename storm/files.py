@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -24,10 +25,26 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _sweep(path: Path) -> None:
+    """Remove what a killed write of `path` left beside it; a folder that it had moved aside goes back."""
+    own = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.(tmp|old)")
+    for left in [entry for entry in path.parent.iterdir() if own.fullmatch(entry.name)]:
+        if left.suffix == ".old" and not path.exists():
+            os.rename(left, path)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`; on success fsync it and rename it to `path`, on error remove it."""
+    """Yield a temporary sibling of `path`; on success fsync it and rename it to `path`, on error remove it.
+
+    A path has one writer at a time: what an earlier one left beside it is removed first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary
@@ -44,9 +61,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary sibling folder; on success fsync every file in it and rename it to `path`.
 
     An existing `path` is moved aside before the rename and removed after it. The rename of a folder is one system
-    call, so a reader sees the old folder, none, or the new one, never a mixture.
+    call, so a reader sees the old folder, none, or the new one, never a mixture. One writer at a time, as above.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     token = uuid.uuid4().hex[:12]
     temporary = path.with_name(f".{path.name}.{token}.tmp")
     old = path.with_name(f".{path.name}.{token}.old")

@@ -16,6 +16,7 @@ deflated) zip with fixed times, so that equal content gives equal bytes; written
 
 import dataclasses
 import functools
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -166,6 +167,8 @@ def write(folder: Path, info: SlideInfo, tiles: Iterable[Tile], profiles: schema
     """
     target = folder / f"{schema.check_slide_id(info.slide_id)}{SUFFIX}"
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f".{info.slide_id}.*/"):  # of a write that was killed; ids hold no dot
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{info.slide_id}.", dir=folder) as scratch:
         root = zarr.create_group(LocalStore(scratch), zarr_format=3)
         _put_tiles(root, tiles)

@@ -30,6 +30,33 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["set", "set/new"]
 
 
+HEX = "0123456789ab"
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    others = {f".b.bin.{HEX}.tmp", f".xa.bin.{HEX}.tmp", ".a.bin.mine.tmp", f".a.bin.{HEX}.old.bak"}
+    for name in others | {f".a.bin.{HEX}.tmp"}:
+        (tmp_path / name).write_bytes(b"half")
+    files.write_bytes(tmp_path / "a.bin", b"1")
+    assert {p.name for p in tmp_path.iterdir()} == others | {"a.bin"}
+
+
+def test_what_a_killed_write_of_a_folder_left_is_removed(tmp_path: Path) -> None:
+    for name in ("set", f".set.{HEX}.tmp", f".set.{HEX}.old"):
+        files.write_bytes(tmp_path / name / "file", b"1")
+    with files.replacing_folder(tmp_path / "set") as folder:
+        (folder / "new").write_bytes(b"2")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["set", "set/new"]
+
+
+def test_a_folder_that_a_killed_write_moved_aside_is_not_lost(tmp_path: Path) -> None:
+    for name in (f".set.{HEX}.tmp", f".set.{HEX}.old"):
+        files.write_bytes(tmp_path / name / name[-3:], b"1")
+    with pytest.raises(ValueError, match="stop"), files.replacing_folder(tmp_path / "set"):
+        raise ValueError("stop")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["set", "set/old"]
+
+
 def test_json_is_canonical_and_refuses_nan(tmp_path: Path) -> None:
     assert files.dump_json({"b": 1, "a": [2]}) == files.dump_json({"a": [2], "b": 1})
     with pytest.raises(ValueError, match="JSON compliant"):

@@ -74,6 +74,14 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
+    for name in (".s1.ab12_xyz/tiles", ".s10.ab12_xyz", ".s1x.ab12_xyz"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / ".s1.zarr.zip.0123456789ab.tmp").write_bytes(b"half")
+    store.write(tmp_path, INFO, tiles(1), PROFILES, GENES)
+    assert {p.name for p in tmp_path.iterdir()} == {"s1.zarr.zip", ".s10.ab12_xyz", ".s1x.ab12_xyz"}
+
+
 def test_facts_may_grow_while_tiles_are_consumed(tmp_path: Path) -> None:
     info = dataclasses.replace(INFO, facts={})
 
