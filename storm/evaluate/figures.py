@@ -84,7 +84,7 @@ def gene_map(
         ):
             dots = _dots(axes, xy_um, footprint_um, values)
             _frame(axes, frame)
-            axes.set_title(text, fontsize=10)
+            axes.set_title(text, fontsize=10, parse_math=False)  # a symbol may hold a $
             bar = figure.colorbar(dots, ax=axes, shrink=0.75, pad=0.02)
             bar.ax.tick_params(labelsize=7)
             bar.outline.set_visible(False)

@@ -10,12 +10,14 @@ gene_map.png       genes of highest variance on the largest held-out section
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from storm import files, inference, results
+from storm.card import clean
 from storm.card import table as markdown
 from storm.evaluate import figures, targets
 from storm.evaluate.classes import class_table
@@ -129,8 +131,15 @@ def draw_genes(pretrained: Pretrained, cohort: Cohort, path: Path) -> None:
 
 def _csv(rows: list[list[object]]) -> bytes:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([[_inert(cell) for cell in row] for row in rows])
     return text.getvalue().encode()
+
+
+def _inert(cell: object) -> object:
+    """The cell as a spreadsheet shows it and does not run it: a text that begins like a formula gets an apostrophe."""
+    text = str(cell)
+    number = re.fullmatch(r"[+-]?(\d+\.?\d*|nan|inf)", text)
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not number else cell
 
 
 def _tables(values: dict[str, Any], folder: Path) -> None:
@@ -174,7 +183,12 @@ def score_table(values: dict[str, Any]) -> str:
 def class_rows(classes: dict[str, Any]) -> str:
     """Gene classes by methods as Markdown."""
     rows: list[list[object]] = [
-        [name, entry["genes"], *(_number(entry["scores"][m]) for m in classes["methods"]), _number(entry["skill"])]
+        [
+            clean(name),
+            entry["genes"],
+            *(_number(entry["scores"][m]) for m in classes["methods"]),
+            _number(entry["skill"]),
+        ]
         for name, entry in classes["classes"].items()
     ]
     return markdown(["gene class", "genes", *classes["methods"], "skill"], rows)
@@ -216,5 +230,5 @@ def report_text(values: dict[str, Any], curve: bool) -> str:
         input=values["input"], test=values["data"]["test"], train=values["data"]["train"], genes=values["genes"],
         replicates=values["bootstrap"]["replicates"], block_um=values["bootstrap"]["block_um"],
         table=score_table(values), versus=_versus(values), classes=classes, figures=f"\n{drawn}{loss}",
-        provenance=markdown(["", ""], [[key, values[key]] for key in _PROVENANCE]),
+        provenance=markdown(["", ""], [[key, clean(values[key])] for key in _PROVENANCE]),
     )  # fmt: skip

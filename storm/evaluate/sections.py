@@ -27,7 +27,7 @@ class Section:
     """One measured slide; N profiles with counts, K genes that all sections share."""
 
     slide_id: str
-    donor: str
+    donor: tuple[str, str]  # (study, its name there): two studies may use one name
     rows: npt.NDArray[np.int64]  # [N] row numbers of the profiles in the store
     ids: list[str]  # [N]
     xy_um: Floats  # [N, 2]
@@ -81,7 +81,11 @@ def with_neighbours(features: Floats, xy_um: Floats) -> Floats:
 
 
 def open_section(store: SlideStore, gene_ids: list[str]) -> Section:
-    """A store's profiles with counts, over `gene_ids`, all of which it measures."""
+    """A store's profiles with counts, over `gene_ids`, all of which it measures.
+
+    Raises:
+        ValueError: no profile has counts, or a tile is damaged.
+    """
     profiles, table = store.profiles(), store.genes()
     column = np.full(len(table), -1, dtype=np.int64)
     column[[table.index[gene_id] for gene_id in gene_ids]] = np.arange(len(gene_ids))
@@ -92,11 +96,13 @@ def open_section(store: SlideStore, gene_ids: list[str]) -> Section:
         shape=(len(profiles), len(gene_ids)),
     )
     rows = np.flatnonzero(profiles.depth > 0)
+    if not len(rows):
+        raise ValueError(f"{store.path}: none of its profiles has a count; leave the slide out of the manifest")
     xy_um = profiles.xy_um[rows]
     colour = np.concatenate(
         [colour_features(patches(store, xy_um[i : i + _AT_ONCE])) for i in range(0, len(rows), _AT_ONCE)]
     )
     return Section(
-        store.info.slide_id, store.info.donor, rows, [profiles.ids[i] for i in rows], xy_um, counts[rows],
-        profiles.depth[rows], colour, with_neighbours(colour, xy_um),
+        store.info.slide_id, (store.info.study, store.info.donor), rows, [profiles.ids[i] for i in rows], xy_um,
+        counts[rows], profiles.depth[rows], colour, with_neighbours(colour, xy_um),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Protocol 2: patches, baselines that look where they may, controls near zero, and the floors on real sections."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,29 @@ def _cohort(seed: int = 0, genes: int = 60) -> Cohort:
         counts = rng.poisson(depth[:, None] * share / share.sum(1, keepdims=True))
         xy_um = rng.uniform(0, 5000, (n, 2))
         return Section(
-            name, name, np.arange(n), [f"p{i}" for i in range(n)], xy_um, sparse.csr_array(counts.astype(float)),
-            counts.sum(1), colour, sections.with_neighbours(colour, xy_um),
+            name, ("study", name), np.arange(n), [f"p{i}" for i in range(n)], xy_um,
+            sparse.csr_array(counts.astype(float)), counts.sum(1), colour, sections.with_neighbours(colour, xy_um),
         )  # fmt: skip
 
     train, test = [section("a"), section("b")], [section("c"), section("d")]
     return Cohort(train, test, {}, [str(i) for i in range(genes)], "donor", "")
+
+
+def test_donors_of_two_studies_with_one_name_are_two() -> None:
+    cohort = _cohort()
+    train = [dataclasses.replace(s, donor=(study, "P1")) for s, study in zip(cohort.train, ("x", "y"), strict=True)]
+    both = dataclasses.replace(cohort, train=train, test=train)
+    assert both.donors == 2 and expression._sizes(train)["donors"] == 2
+    assert len(np.unique(expression.inputs([*train, train[0]]).fold)) == 2
+
+
+def test_a_section_knows_its_study_and_one_without_counts_is_refused(tmp_path: Path) -> None:
+    opened = store.SlideStore(untrained.write_store(tmp_path, side=5))
+    ids = list(opened.genes().ids)
+    assert sections.open_section(opened, ids).donor == ("study1", untrained.PLANTED)
+    bare = store.SlideStore(untrained.write_store(tmp_path, "bare", side=5, measured=False))
+    with pytest.raises(ValueError, match=r"bare\.zarr\.zip: none of its profiles has a count"):
+        sections.open_section(bare, ids)
 
 
 def test_baselines_find_what_is_there_and_the_control_does_not() -> None:

@@ -4,10 +4,11 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from storm import export, files
-from storm.evaluate import report
+from storm.evaluate import figures, report
 from tests import untrained
 
 
@@ -96,6 +97,32 @@ def test_a_split_by_section_is_printed_with_every_table(written: Path) -> None:
     text = report.report_text(values, curve=False)
     assert text.index("**split_by: section.**") < text.index("| method |")
     assert "was not trained on these shards" in text and "loss_curve" not in text
+
+
+def test_what_others_wrote_is_text_in_the_report(written: Path) -> None:
+    values = files.read_json(written / "evaluation.json")
+    values["model_code"] = "<script>alert(1)</script>|x\n# y"
+    values["gene_classes"]["classes"]["<b>"] = values["gene_classes"]["classes"]["a"]
+    text = report.report_text(values, curve=False)
+    assert "<script>" not in text and "&lt;script&gt;" in text and "<b>" not in text and "\n# y" not in text
+
+
+def test_no_cell_is_a_formula() -> None:
+    rows: list[list[object]] = [
+        ["=HYPERLINK(1)", "@x", "-0.1234", -0.5, "+1.5", "-2+3", "a"],
+        ["\tb", "-nan", "", None, "-", "x=1", 3],
+    ]
+    assert list(csv.reader(report._csv(rows).decode().splitlines())) == [
+        ["'=HYPERLINK(1)", "'@x", "-0.1234", "-0.5", "+1.5", "'-2+3", "a"],
+        ["'\tb", "-nan", "", "", "'-", "x=1", "3"],
+    ]
+
+
+def test_a_symbol_that_looks_like_mathematics_is_drawn(tmp_path: Path) -> None:
+    xy_um, values = np.random.default_rng(0).uniform(0, 2000, (20, 2)), np.arange(40.0).reshape(20, 2)
+    image = np.full((50, 50, 3), 255, np.uint8)
+    figures.gene_map(image, 0.025, xy_um, 55.0, [r"$\frac$", "A$B$"], values, values, tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 10_000
 
 
 def test_what_is_no_report_is_not_replaced(model: Path, tiny_store: Path, tiny_shards: Path, tmp_path: Path) -> None:
