@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -28,6 +29,7 @@ from data_prep import manifest, platforms, quality, slides
 from data_prep.manifest import IMAGE_ONLY, ManifestRow
 from data_prep.profiles import no_profiles, place, profiles_of
 from storm import files, genes, regions, schema, store
+from storm.commands import guarded
 from storm.config import PrepConfig, load
 
 FAILURES = "failures.json"
@@ -192,6 +194,7 @@ def _attempt(row: ManifestRow, store_dir: Path, config: PrepConfig) -> Outcome:
 
 
 def _child(row: ManifestRow, store_dir: Path, config: PrepConfig, answer: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends its children
     answer.send(_attempt(row, store_dir, config))
 
 
@@ -217,7 +220,7 @@ def outcomes(rows: Sequence[ManifestRow], store_dir: Path, config: PrepConfig, w
         while waiting and len(running) < workers:
             receiver, sender = context.Pipe(duplex=False)
             row = waiting.pop(0)
-            process = context.Process(target=_child, args=(row, store_dir, config, sender))
+            process = context.Process(target=_child, args=(row, store_dir, config, sender), daemon=True)
             process.start()
             sender.close()
             running[process.sentinel] = (row, process, receiver)
@@ -285,19 +288,24 @@ def build(rows: Sequence[ManifestRow], store_dir: Path, config: PrepConfig, work
 def main(words: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.build", description="Slides -> slide stores.")
-    parser.add_argument("manifest", type=Path)
+    parser.add_argument("manifest", type=Path, help="csv with a row per slide")
     parser.add_argument("--store", type=Path, required=True, help="folder of the slide stores")
     parser.add_argument("--root", type=Path, help="folder that relative paths start from (default: the manifest's)")
     parser.add_argument("--config", type=Path, help="YAML of what differs from PrepConfig's defaults")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="slides at a time")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the config")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="over the config; the keys are those of PrepConfig in storm/config.py",
+    )
     args = parser.parse_intermixed_args(words)
-    try:
-        config = load(PrepConfig, args.config, args.overrides)
-        rows = manifest.read(args.manifest, args.root, config.split_by)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return guarded(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = load(PrepConfig, args.config, args.overrides)
+    rows = manifest.read(args.manifest, args.root, config.split_by)
     done = build(rows, args.store, config, max(1, min(args.workers, len(rows))))
     count = {state: sum(o.state == state for o in done) for state in ("built", "current", "failed")}
     print(f"{args.store}: {count['built']} built, {count['current']} current, {count['failed']} failed")

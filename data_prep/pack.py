@@ -21,6 +21,7 @@ from data_prep import splits as split_rule
 from data_prep import vocabulary
 from data_prep.build import FAILURES
 from storm import files, genes, regions, schema, shards, store
+from storm.commands import guarded
 from storm.config import PrepConfig, load
 
 _BYTES_PER_COUNT = 8  # gene and count, int32 each
@@ -299,6 +300,10 @@ def _table(manifest: dict[str, Any], sources: Sequence[Source]) -> str:
                      f"{len(entry['shards']):>8}{size:>8.1f}")  # fmt: skip
     if manifest["split_by"] == "section":
         lines.append("SPLIT BY SECTION: a donor's sections may be in several splits; results say nothing on new donors")
+    if "test" not in manifest["splits"]:
+        lines.append(
+            "NO TEST SPLIT: nothing to evaluate on; name test donors in the manifest's column split before training"
+        )
     return "\n".join(lines)
 
 
@@ -308,13 +313,18 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, required=True, help="folder of the slide stores")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shard set; replaced as a whole")
     parser.add_argument("--config", type=Path, help="YAML of what differs from PrepConfig's defaults")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the config")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="over the config; the keys are those of PrepConfig in storm/config.py",
+    )
     args = parser.parse_intermixed_args(words)
-    try:
-        pack(args.store, args.out, load(PrepConfig, args.config, args.overrides))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return guarded(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    pack(args.store, args.out, load(PrepConfig, args.config, args.overrides))
     return 0
 
 
