@@ -30,7 +30,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     panels = {name: {"mask": pack_panel(mask)} for name, mask in samples.spec().panels.items()}
     manifest = {
         "schema_version": 1, "genes_sha256": files.sha256_file(folder / GENES), "panels": panels,
-        "splits": {"train": entry},
+        "gene_hash": table.hash, "splits": {"train": entry},
     }  # fmt: skip
     files.write_json(folder / MANIFEST, manifest)
     return ShardSet(folder)
