@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storm import __version__
+from storm.commands import guarded
 
 if TYPE_CHECKING:
     import anndata
@@ -36,15 +37,16 @@ EXTRAS = {  # extra -> modules that it brings
 def main(words: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
     args = _parser().parse_args(words)
+    return guarded(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return int(args.run(args))
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("storm", "data_prep"):
             raise
-        print(f"{error.name} is not installed; {INSTALL.format(extra='use')}", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-    return 2
+        raise ValueError(f"{error.name} is not installed; {INSTALL.format(extra='use')}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="checkpoint -> the folder that others load")
     command.add_argument("--run", dest="run_dir", type=Path, required=True, help="run folder")
     command.add_argument("--checkpoint", type=Path, help="instead of the newest complete one")
-    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--out", type=Path, required=True, help="folder to write; an export there is replaced")
     command.add_argument("--license", type=Path, help="text file with the licence of the weights")
     command.set_defaults(run=export)
     command = commands.add_parser("evaluate", help="a model on the test slides of a shard set, beside its baselines")
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of baselines and bootstrap")
     command.set_defaults(run=evaluate)
     command = commands.add_parser("verify", help="check an export or a shard set against its hashes")
-    command.add_argument("folder", type=Path)
+    command.add_argument("folder", type=Path, help="an export or a shard set")
     command.set_defaults(run=verify)
     commands.add_parser("doctor", help="versions, devices, extras, and cures").set_defaults(run=doctor)
     return parser
@@ -144,16 +146,21 @@ def _stores(args: argparse.Namespace) -> list[Path]:
 def _built(args: argparse.Namespace, pretrained: "Pretrained", folder: Path) -> _Source:
     """A store made for this call from an image and, where given, a Visium measurement."""
     from data_prep.build import build_slide
-    from data_prep.manifest import IMAGE_ONLY, ManifestRow
+    from data_prep.manifest import IMAGE_ONLY, MPP_RANGE, ManifestRow
     from storm import results
     from storm.config import PrepConfig
+    from storm.store import SlideStore
 
+    if args.mpp is not None and not MPP_RANGE[0] <= args.mpp <= MPP_RANGE[1]:
+        raise ValueError(f"--mpp {args.mpp}: give um per pixel of {args.image}, {MPP_RANGE[0]} to {MPP_RANGE[1]}")
     species = "mouse" if pretrained.genes.ids[0].startswith("ENSMUS") else "human"
     name = re.sub(r"[^A-Za-z0-9_-]", "_", args.image.stem)[:64] or "slide"
     row = ManifestRow(
         name, args.image, args.visium, "visium" if args.visium else IMAGE_ONLY, species=species, mpp=args.mpp
     )
     path = build_slide(row, folder, PrepConfig(tile_px=pretrained.config.tile_px, tile_mpp=pretrained.config.tile_mpp))
+    info = SlideStore(path).info
+    print(f"{args.image}: {info.mpp:.4f} um per pixel ({info.mpp_source})", *info.facts["notes"], sep="\n    ")
     if not args.visium:
         return _Source(path)
     own, left_out = results.in_store(results.visium_object(args.visium), path)
@@ -212,6 +219,8 @@ def predict(args: argparse.Namespace) -> int:
     genes = None
     if args.genes:
         listed = Path(args.genes)
+        if not listed.is_file() and (len(listed.parts) > 1 or listed.suffix in (".txt", ".csv", ".tsv")):
+            raise ValueError(f"--genes {listed}: no such file; give a file with a gene per line, or a list A,B,C")
         genes = listed.read_text(encoding="utf-8").split() if listed.is_file() else args.genes.split(",")
 
     def make(pretrained: "Pretrained", source: _Source) -> "anndata.AnnData":

@@ -95,6 +95,7 @@ def test_predict_with_genes_from_a_list_or_a_file(model: Path, stores: Path, tmp
     assert cli.main([*words, "--genes", "GENE3,GENE1"]) == 0
     assert list(anndata.read_h5ad(tmp_path / "p.h5ad").var_names) == ["GENE3", "GENE1"]
     (tmp_path / "genes.txt").write_text("ENSG00000000002\nGENE39\n")
+    assert cli.main([*words, "--genes", str(tmp_path / "absent.txt")]) == 2
     assert cli.main([*words, "--genes", str(tmp_path / "genes.txt"), "--unit", "mu"]) == 0
     found = anndata.read_h5ad(tmp_path / "p.h5ad")
     assert list(found.var_names) == ["GENE2"] and list(found.uns["storm"]["genes_left_out"]) == ["GENE39"]
@@ -190,7 +191,7 @@ def test_a_missing_library_is_told_with_its_cure(
     monkeypatch.delattr(storm, "results", raising=False)
     monkeypatch.setitem(sys.modules, "anndata", None)
     words = ["embed", "--model", str(model), "--store", str(stores), "-o", str(tmp_path / "o")]
-    assert fails(words, capsys) == "anndata is not installed; python -m pip install 'storm-tissue[use]'\n"
+    assert fails(words, capsys) == "error: anndata is not installed; python -m pip install 'storm-tissue[use]'\n"
 
 
 def test_doctor_and_the_launch_files(tmp_path: Path) -> None:

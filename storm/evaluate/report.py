@@ -220,7 +220,11 @@ def report_text(values: dict[str, Any], curve: bool) -> str:
     if found := values.get("gene_classes"):
         classes = f"\n## Gene classes of the synthetic tissue (target lognorm)\n\n{class_rows(found)}\n\n{_CLASSES}\n"
     drawn = "## Genes\n\n![measured and predicted genes on a held-out section](gene_map.png)\n\n"
-    drawn += "Each map has its own scale: predictions are smoother than single measurements.\n\n"
+    drawn += (
+        f"The {GENES_DRAWN} genes of highest variance on the training sections, on the largest test section; the\n"
+        "tables hold the means over genes. Colour: lognorm, each map on its own scale, because predictions are smoother\n"
+        "than single measurements.\n\n"
+    )
     loss = "## Training\n\n![loss by step](loss_curve.png)\n\n" if curve else ""
     trained = ""
     if not values["model_trained_on_these_shards"]:
