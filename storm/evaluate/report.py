@@ -222,8 +222,8 @@ def report_text(values: dict[str, Any], curve: bool) -> str:
     drawn = "## Genes\n\n![measured and predicted genes on a held-out section](gene_map.png)\n\n"
     drawn += (
         f"The {GENES_DRAWN} genes of highest variance on the training sections, on the largest test section; the\n"
-        "tables hold the means over genes. Colour: lognorm, each map on its own scale, because predictions are smoother\n"
-        "than single measurements.\n\n"
+        "tables hold the means over genes. Colour: lognorm, each map on its own scale, because predictions are\n"
+        "smoother than single measurements.\n\n"
     )
     loss = "## Training\n\n![loss by step](loss_curve.png)\n\n" if curve else ""
     trained = ""
