@@ -110,9 +110,10 @@ def group(
 def cover(xy_um: npt.NDArray[np.float64], tile_um: float, extent: int) -> list[Region]:
     """Overlapping regions for inference: each profile is taken from the region in which it is most central.
 
-    Regions start at every half extent (rounded to tiles), so a profile is never nearer to an edge than about a quarter.
+    Regions start at every half extent (rounded up to tiles), so a profile is never nearer to an edge than about a
+    quarter of the extent, and half a tile where that is 3 tiles.
     """
-    step = max(1, extent // 2)
+    step = (extent + 1) // 2
     centre_tiles = xy_um / tile_um - extent / 2
     start = np.round(centre_tiles / step).astype(np.int64) * step  # [N, 2] (col, row) of the nearest region start
     found = []

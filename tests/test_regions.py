@@ -31,7 +31,7 @@ def test_cover_takes_each_profile_from_where_it_is_central(xy: list[tuple[float,
     xy_um = np.array(xy)
     found = regions.cover(xy_um, TILE_UM, extent)
     assert sorted(np.concatenate([r.profiles for r in found]).tolist()) == list(range(len(xy)))
-    step = max(1, extent // 2)
+    step = (extent + 1) // 2
     for region in found:
         centre = np.array(region.origin_um(TILE_UM)) + extent * TILE_UM / 2
         assert (np.abs(xy_um[region.profiles] - centre) <= step * TILE_UM / 2 + 1e-6).all()

@@ -166,10 +166,8 @@ def gene_rules(cohort: Cohort) -> dict[str, npt.NDArray[np.int64]]:
 def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str, Any]:
     """The table of protocol 2 as plain values."""
     rules = gene_rules(cohort)
-    predictions = {
-        rule: model_predictions(pretrained, cohort, [cohort.gene_ids[i] for i in genes])
-        for rule, genes in rules.items()
-    }
+    asked = np.unique(np.concatenate(list(rules.values())))  # one forward pass serves both rules
+    predicted = model_predictions(pretrained, cohort, [cohort.gene_ids[i] for i in asked])
     features = embeddings(pretrained, cohort, cohort.train), embeddings(pretrained, cohort, cohort.test)
     roles = {MODEL: "model", PROBE: "baseline"} | {method.name: method.role for method in METHODS}
     scores: dict[str, dict[str, Any]] = {}
@@ -178,7 +176,8 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str,
         column = f"{name}/{rule}"
         found = baseline_scores(cohort, name, rules[rule], seed, features)
         measured = [targets.target(name, s.counts[:, rules[rule]], s.depth) for s in cohort.test]
-        model = score([predictions[rule][name]], measured, cohort.test, seed)
+        place = np.searchsorted(asked, rules[rule])
+        model = score([[values[:, place] for values in predicted[name]]], measured, cohort.test, seed)
         for method, entry in [(MODEL, model), *found.items()]:
             scores.setdefault(method, {})[column] = entry.json()
         best = max((method for method in found if roles[method] == "baseline"), key=lambda m: found[m].value)
