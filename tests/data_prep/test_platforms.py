@@ -303,9 +303,6 @@ def test_real_visium(real_data: Path, outs: str, profiles: int, genes: int, mpp:
 
 
 def test_a_square_grid_is_no_visium_lattice(real_data: Path) -> None:
-    outs = real_data / "msti_human_outs" / "outs"
-    if not outs.is_dir():
-        pytest.skip("real data: no msti_human_outs")
-    found = visium.read(outs, None)  # barcodes of 16 bases, without -1
+    found = visium.read(real_data / "msti_human_outs" / "outs", None)  # barcodes of 16 bases, without -1
     assert (len(found.ids), len(found.names)) == (2172, 36601)
     assert "two pixel sizes, 73.2 % apart" in (align.lattice_fault(fit(found), "visium", PrepConfig()) or "")
