@@ -60,19 +60,19 @@ class Mpp:
     """um per level-0 pixel, who told it, and what was odd."""
 
     value: float
-    source: str  # manifest, lattice or embedded
+    source: str  # manifest, lattice, matrix or embedded
     notes: list[str]
 
 
 def choose_mpp(told: dict[str, float | None], config: PrepConfig) -> Mpp:
-    """The first that is known of manifest, lattice, embedded; all others (also scalefactors) are compared with it.
+    """The first that is known of manifest, lattice, matrix, embedded; the others are compared to it.
 
     Raises:
         ValueError: none is known, or another source differs by more than `mpp_refuse` and the manifest is silent.
     """
     low, high = EMBEDDED_MPP
     usable = {s: v for s, v in told.items() if v is not None and (s != "embedded" or low <= v <= high)}
-    source = next((s for s in ("manifest", "lattice", "embedded") if s in usable), None)
+    source = next((s for s in ("manifest", "lattice", "matrix", "embedded") if s in usable), None)
     notes = [f"mpp {v:.4g} told by {s} is not believable and ignored" for s, v in told.items() if v and s not in usable]
     if source is None:
         raise ValueError("; ".join([*notes, "the pixel size (mpp) is unknown; give um per pixel in the column mpp"]))
@@ -83,7 +83,7 @@ def choose_mpp(told: dict[str, float | None], config: PrepConfig) -> Mpp:
         if apart > config.mpp_refuse and source != "manifest":
             raise ValueError(f"{text}; is this the image that was measured? If so, give mpp in the manifest")
         if apart > config.mpp_warn:
-            notes.append(text)
+            notes.append(f"WARNING: {text}" if apart > config.mpp_refuse else text)
     return Mpp(chosen, source, notes)
 
 

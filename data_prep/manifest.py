@@ -4,26 +4,33 @@ In: a csv or parquet file, one row per section. Out: `ManifestRow`s with resolve
 every fault of the file with its line, its column and its cure.
 
     required    slide_id image measurement platform donor study organ species
-    optional    spots mpp alignment split section assume_aligned license use_terms
+    optional    format unit spots mpp space_um alignment split section assume_aligned license use_terms
 
-`platform` is st, visium, or image (H&E alone, `measurement` left blank). Paths are relative to the manifest's folder
-or to a given root, and stay inside it; an absolute path is taken as it is.
+`platform` is st, visium, visium_hd, xenium, cosmx, or image (H&E alone, `measurement` left blank); a blank `image` is
+expression alone. `format` says in whose files the measurement lies where they are not the vendor's: hest, h5ad or
+spatialdata. Paths are relative to the manifest's folder or to a given root, and stay inside it; an absolute path is
+taken as it is.
 """
 
 import csv
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.platforms import READERS
+from data_prep.platforms import FORMATS, VENDORS, Source
 from storm import files, schema
 from storm.presets import nearest
 
 REQUIRED = ("slide_id", "image", "measurement", "platform", "donor", "study", "organ", "species")
-OPTIONAL = ("spots", "mpp", "alignment", "split", "section", "assume_aligned", "license", "use_terms")
+OPTIONAL = (
+    "format", "unit", "spots", "mpp", "space_um", "alignment", "split", "section", "assume_aligned", "license",
+    "use_terms",
+)  # fmt: skip
 SPECIES = ("human", "mouse")
 IMAGE_ONLY = "image"
 MPP_RANGE = (0.02, 20.0)  # outside it a value is a slip of the pen
+_SQUARE = re.compile(r"square\d{1,3}um")
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class ManifestRow:
     """One section: its files and what is known of it. Blank text = not given; `section` defaults to the slide's id."""
 
     slide_id: str
-    image: Path
+    image: Path | None
     measurement: Path | None = None
     platform: str = IMAGE_ONLY
     donor: str = "unknown"
@@ -46,6 +53,22 @@ class ManifestRow:
     assume_aligned: bool = False
     license: str = ""
     use_terms: str = ""
+    format: str = ""
+    unit: str = ""
+    space_um: float | None = None
+
+    @property
+    def source(self) -> Source | None:
+        """What the reader named `reader` is given; None for an image alone."""
+        if self.measurement is None:
+            return None
+        return Source(self.platform, self.measurement, self.spots, self.alignment, self.unit, self.space_um,
+                      self.assume_aligned)  # fmt: skip
+
+    @property
+    def reader(self) -> str:
+        """The name of the reader among platforms.FORMATS."""
+        return self.format or self.platform
 
 
 class _Reader:
@@ -84,25 +107,29 @@ class _Reader:
             self.fault(column, f"{value!r} is none of {', '.join(known)}")
         return value
 
-    def mpp(self) -> float | None:
-        value = self.text("mpp")
+    def length_um(self, column: str, what: str) -> float | None:
+        value = self.text(column)
         if not value:
             return None
         try:
-            mpp = float(value)
+            number = float(value)
         except ValueError:
-            mpp = -1.0
-        if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
-            self.fault("mpp", f"{value!r} is no um per level-0 pixel between {MPP_RANGE[0]} and {MPP_RANGE[1]}")
-        return mpp
+            number = -1.0
+        if not MPP_RANGE[0] <= number <= MPP_RANGE[1]:
+            self.fault(column, f"{value!r} is no um per {what} between {MPP_RANGE[0]} and {MPP_RANGE[1]}")
+        return number
+
+    def unit(self) -> str:
+        value = self.text("unit")
+        if value and value != "cell" and not _SQUARE.fullmatch(value):
+            self.fault("unit", f"{value!r} is neither cell nor square<N>um (as square8um); or leave it blank")
+        return value
 
     def platform(self) -> str:
-        value = self.required("platform", f"write one of {', '.join([*READERS, IMAGE_ONLY])}")
-        readable = (*READERS, IMAGE_ONLY)
-        if value in schema.PLATFORMS[1:] and value not in READERS:
-            self.fault("platform", f"{value} is not yet readable; readable are {', '.join(readable)}")
-        elif value and value not in readable:
-            self.fault("platform", f"{value!r} is unknown{nearest(value, list(readable))}")
+        known = [*VENDORS, IMAGE_ONLY]
+        value = self.required("platform", f"write one of {', '.join(known)}")
+        if value and value not in known:
+            self.fault("platform", f"{value!r} is unknown{nearest(value, known)}")
         return value
 
     def slide_id(self) -> str:
@@ -118,7 +145,7 @@ class _Reader:
         value = self.path("measurement")
         if platform == IMAGE_ONLY and self.text("measurement"):
             self.fault("measurement", "must be blank for platform image; name the platform that measured it")
-        if platform in READERS and not self.text("measurement"):
+        if platform in VENDORS and not self.text("measurement"):
             self.fault("measurement", f"is blank; give the file or folder that {platform} wrote, or platform image")
         return value
 
@@ -126,18 +153,21 @@ class _Reader:
         """The row as far as it could be read; it counts only where `faults` stayed empty."""
         platform = self.platform()
         slide_id = self.slide_id()
-        self.required("image", "give the slide's file")
+        if not self.text("image") and platform == IMAGE_ONLY:
+            self.fault("image", "is blank; give the slide's file")
         return ManifestRow(
-            slide_id=slide_id, image=self.path("image") or Path(), measurement=self.measurement(platform),
+            slide_id=slide_id, image=self.path("image"), measurement=self.measurement(platform),
             platform=platform, donor=self.required("donor", "name the person or animal: splits are made by it"),
             study=self.required("study", "name the study: donors are told apart within it"),
             organ=self.required("organ", "name the organ, or write unknown"),
             species=self.one_of("species", self.required("species", "write human or mouse"), SPECIES),
-            spots=self.path("spots"), mpp=self.mpp(), alignment=self.path("alignment"),
+            spots=self.path("spots"), mpp=self.length_um("mpp", "level-0 pixel"), alignment=self.path("alignment"),
             split=self.one_of("split", self.text("split"), schema.SPLITS), section=self.text("section") or slide_id,
             assume_aligned=self.one_of("assume_aligned", self.text("assume_aligned").lower(), ("true", "false"))
             == "true",
             license=self.text("license"), use_terms=self.text("use_terms"),
+            format=self.one_of("format", self.text("format"), FORMATS), unit=self.unit(),
+            space_um=self.length_um("space_um", "unit of the measurement"),
         )  # fmt: skip
 
 

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_prep import records, vocabulary
 from data_prep import splits as split_rule
-from data_prep import vocabulary
-from data_prep.build import FAILURES
 from storm import files, genes, regions, schema, shards, store
 from storm.commands import guarded
 from storm.config import PrepConfig, load
@@ -91,12 +90,12 @@ def slide_groups(
 ) -> Iterator[schema.Group]:
     """The groups of one slide, each profile in exactly one."""
     info, profiles = opened.info, opened.profiles()
-    density = schema.slide_log_density(profiles)
+    density = opened.log_density()
     mapped = _mapped(profiles, opened.genes(), vocabulary_)
     for members in plan_groups(opened, profiles, config):
         meta = schema.GroupMeta(
             slide=info.slide_id, section=info.section, donor=info.donor, study=info.study, organ=info.organ,
-            species=info.species, platform=info.platform, kind=schema.PROFILE_KINDS[info.platform], panel=panel,
+            species=info.species, platform=info.platform, kind=info.kind, panel=panel,
             slide_log_density=density, mpp=info.mpp, tile_px=info.tile_px, tile_mpp=info.tile_mpp,
             regions=tuple(schema.RegionMeta(r.origin_um(info.tile_um), r.extent, r.extent) for r, _ in members),
         )  # fmt: skip
@@ -195,9 +194,9 @@ def _reference(sources: Sequence[Source], found: vocabulary.Vocabulary) -> dict[
     panel: npt.NDArray[np.bool_] = np.zeros(len(found.table), bool)
     for source in (s for s in sources if s.split == "train"):
         profiles = store.SlideStore(source.path).profiles()
-        density.append(schema.slide_log_density(profiles))
+        density.append(store.SlideStore(source.path).log_density())
         sizes.append(profiles.footprint_um)
-        kinds += [int(kind) for kind in np.unique(profiles.footprint_kind)]
+        kinds += [schema.SQUARE if k == schema.SQUARE else schema.DISC for k in np.unique(profiles.footprint_kind)]
         platforms.append(source.info.platform)
         panel |= found.panels[found.panel_of[source.info.slide_id]]
     return {
@@ -226,7 +225,7 @@ def _sources(store_dir: Path, config: PrepConfig) -> tuple[list[Source], list[st
     Raises:
         ValueError: no store, a donor in two splits, tiles of several sizes, or no slide to train on.
     """
-    failed = files.read_json(store_dir / FAILURES) if (store_dir / FAILURES).is_file() else {}
+    failed = records.failures(store_dir)
     if failed:
         print(f"{len(failed)} slides failed to build and are left out: {', '.join(sorted(failed)[:5])}")
     paths = [p for p in store.paths(store_dir) if p.name.removesuffix(store.SUFFIX) not in failed]

@@ -74,6 +74,12 @@ class Grid:
                 f"{size} in {in_file} bytes (max_px_per_byte {max_px_per_byte}); restore it, or raise that"
             )
 
+    def inside(self, slide: Slide, row: int, col: int) -> float:
+        """Share of a tile that lies on the slide."""
+        x, y, w, h = self.box(row, col)
+        across, down = min(x + w, slide.width_px0) - max(x, 0), min(y + h, slide.height_px0) - max(y, 0)
+        return max(0, across) * max(0, down) / (w * h)
+
     def box(self, row: int, col: int, span: int = 1) -> tuple[int, int, int, int]:
         """(x, y, w, h) in level-0 px of `span` x `span` tiles; rounded so that neighbours abut."""
         x0, y0 = round(col * self.tile_px0), round(row * self.tile_px0)
@@ -215,8 +221,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def open_slide(path: Path, max_image_mpx: int) -> Slide:
+def open_slide(path: Path, max_image_mpx: int, scratch: Path | None = None) -> Slide:
     """A slide, by content and not by name.
+
+    Args:
+        scratch: folder for a tiled copy of an image that cannot be read in parts and is larger than `max_image_mpx`.
 
     Raises:
         ValueError: no such file, no slide, damaged, or too large to be decoded at once.

@@ -145,8 +145,8 @@ def _stores(args: argparse.Namespace) -> list[Path]:
 
 def _built(args: argparse.Namespace, pretrained: "Pretrained", folder: Path) -> _Source:
     """A store made for this call from an image and, where given, a Visium measurement."""
-    from data_prep.build import build_slide
     from data_prep.manifest import IMAGE_ONLY, MPP_RANGE, ManifestRow
+    from data_prep.one_slide import build_slide
     from storm import results
     from storm.config import PrepConfig
     from storm.store import SlideStore

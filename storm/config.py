@@ -36,7 +36,7 @@ class PrepConfig(Section):
         default=0.8, ge=0, le=1, description="refuse a measurement of which fewer columns map to Ensembl"
     )
     max_image_mpx: int = Field(
-        default=400, ge=1, description="largest whole-image decode (JPEG, PNG, untiled TIFF), megapixels"
+        default=150, ge=1, description="largest whole-image decode (JPEG, PNG, untiled TIFF), megapixels"
     )
     max_tiles: int = Field(default=2_000_000, ge=1, description="refuse a slide whose header asks for more tiles")
     max_px_per_byte: int = Field(
@@ -49,6 +49,11 @@ class PrepConfig(Section):
         default=0.01, ge=0, le=1, description="refuse a slide of which a larger share of tiles does not decode"
     )
     aliases: str = Field(default="", description="tsv of a user's gene names: name, Ensembl id or current symbol")
+    min_depth: int = Field(default=10, ge=0, description="flag profiles with fewer counts")
+    min_genes: int = Field(default=5, ge=0, description="flag profiles with fewer genes")
+    max_control_share: float = Field(
+        default=0.1, ge=0, le=1, description="flag profiles of whose counts a larger share are controls"
+    )
     lattice_residual_px0: float = Field(default=2.0, description="refuse a lattice fit with a larger rms residual, px")
     lattice_anisotropy: float = Field(default=0.01, description="refuse a lattice fit whose two mpp differ by more")
     # Legacy ST's pixel positions are the printed spots as somebody saw them, not the ideal lattice: on her2st the rms

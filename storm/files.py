@@ -25,35 +25,92 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what a killed write of `path` left beside it; a folder that it had moved aside goes back."""
-    own = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.(tmp|old)")
-    for left in [entry for entry in path.parent.iterdir() if own.fullmatch(entry.name)]:
-        if left.suffix == ".old" and not path.exists():
-            os.rename(left, path)
-        elif left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+def _started(pid: int) -> str:
+    """When a process of this machine started, in the kernel's ticks; '' where there is none. Tells a pid used again."""
+    try:
+        # The second field, the command's name, may hold anything, also blanks and brackets.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state == "Z" else fields[18]
+
+
+def _owner() -> str:
+    """This process, as temporary names carry it: host, SLURM job and its restart, pid, start."""
+    host = re.sub(r"[^A-Za-z0-9-]", "-", os.uname().nodename)
+    job = f"{os.environ.get('SLURM_JOB_ID', '0')}r{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    return f"{host}.{job}.{os.getpid()}.{_started(os.getpid())}"
+
+
+_TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]+)\.(?P<job>\w+)r(?P<restart>\d+)\.(?P<pid>\d+)\.(?P<started>\d+)"
+    r"\.[0-9a-f]{8}\.(?P<kind>tmp|old)"
+)
+
+
+def _is_dead(left: re.Match[str]) -> bool:
+    """Whether the owner of a temporary name is known to be gone; of a process on another machine one cannot tell,
+    except that a job which SLURM has started again no longer runs as it ran before."""
+    host, job, _, _ = _owner().split(".")
+    if left["host"] == host:
+        return _started(int(left["pid"])) != left["started"]
+    own, _, restart = job.rpartition("r")
+    return own != "0" and left["job"] == own and int(left["restart"]) < int(restart)
+
+
+def temporary(path: Path, kind: str = "tmp") -> Path:
+    """A new name beside `path` that tells whose it is."""
+    return path.with_name(f".{path.name}.{_owner()}.{uuid.uuid4().hex[:8]}.{kind}")
+
+
+def sweep(folder: Path, name: str | None = None) -> list[Path]:
+    """Remove what dead owners left in a folder (of one path's temporaries where `name` is its name); what a live one
+    is writing stays. A folder that had been moved aside goes back. Returns what was found."""
+    found = []
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        left = _TEMPORARY.fullmatch(entry.name)
+        if not left or (name is not None and left["name"] != name) or not _is_dead(left):
+            continue
+        found.append(entry)
+        if left["kind"] == "old" and not (folder / left["name"]).exists():
+            os.rename(entry, folder / left["name"])
+        elif entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            entry.unlink(missing_ok=True)
+    return found
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; on success fsync it and rename it to `path`, on error remove it.
 
-    A path has one writer at a time: what an earlier one left beside it is removed first.
+    Two processes may write one path: each has a name of its own, and the last rename counts.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    sweep(path.parent, path.name)
+    new = temporary(path)
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
+        yield new
+        _sync(new)
+        os.replace(new, path)
         _sync(path.parent)
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        if new.exists():
+            new.unlink()
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which need not exist; it is removed at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
+    new = temporary(path)
+    new.mkdir()
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -61,25 +118,18 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary sibling folder; on success fsync every file in it and rename it to `path`.
 
     An existing `path` is moved aside before the rename and removed after it. The rename of a folder is one system
-    call, so a reader sees the old folder, none, or the new one, never a mixture. One writer at a time, as above.
+    call, so a reader sees the old folder, none, or the new one, never a mixture.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    token = uuid.uuid4().hex[:12]
-    temporary = path.with_name(f".{path.name}.{token}.tmp")
-    old = path.with_name(f".{path.name}.{token}.old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for child in sorted(temporary.rglob("*")):
+    with scratch_folder(path) as new:
+        old = temporary(path, "old")
+        yield new
+        for child in sorted(new.rglob("*")):
             _sync(child)
-        _sync(temporary)
+        _sync(new)
         if path.exists():
             os.rename(path, old)
-        os.rename(temporary, path)
+        os.rename(new, path)
         _sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 

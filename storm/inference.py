@@ -190,7 +190,7 @@ def _group(pretrained: Pretrained, slide: Slide, ask: _Ask) -> schema.Group:
     platform = platform_told(pretrained, slide)
     meta = schema.GroupMeta(
         info.slide_id, info.section, info.donor, info.study, info.organ, info.species, platform,
-        schema.PROFILE_KINDS.get(platform, "spot"), _PANEL, float(pretrained.reference["slide_log_density"]), info.mpp,
+        info.kind, _PANEL, float(pretrained.reference["slide_log_density"]), info.mpp,
         info.tile_px, info.tile_mpp,
         (schema.RegionMeta(region.origin_um(info.tile_um), region.extent, region.extent),),
     )  # fmt: skip

@@ -7,7 +7,7 @@ One sample of a shard, key = text before the first dot:
 
     <slide>_<group>.meta.json       GroupMeta: who, where, how measured, the regions' places
     <slide>_<group>.g0r1c2.jpg      tile at row 1, column 2 of region 0, bytes as in the slide store
-    <slide>_<group>.profiles.npz    arrays only: region, xy_um, footprint_*, indptr, gene, count, ids
+    <slide>_<group>.profiles.npz    arrays only: region, xy_um, footprint_*, polygon_*, indptr, gene, count, ids
 """
 
 import dataclasses
@@ -15,18 +15,29 @@ import io
 import json
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from storm.files import dump_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 PLATFORMS = ("unknown", "st", "visium", "visium_hd", "xenium", "cosmx")  # index = platform id, 0 = not told
-PROFILE_KINDS = {"st": "spot", "visium": "spot", "visium_hd": "bin", "xenium": "cell", "cosmx": "cell"}
+KINDS = ("spot", "bin", "cell")  # of a profile
 SPLITS = ("train", "val", "test")
-DISC, SQUARE = 0, 1  # footprint kinds; footprint_um is the disc's diameter or the square's side
+# Footprint kinds; footprint_um is the disc's diameter, the square's side, or that of a disc as large as the polygon.
+DISC, SQUARE, POLYGON = 0, 1, 2
+# What is known of a tile's quality, per tile: shares of the tile that are tissue, inside the slide, pen, black and
+# white, the mean saturation in 0..1, and the variance of the Laplacian (low = out of focus).
+TILE_QUALITY = ("tissue", "inside", "pen", "black", "white", "saturation", "sharpness")
+# What is known of a profile's quality: name -> dtype. in_tissue is the vendor's word (-1 = not told), tissue the share
+# of tissue in the tile that holds its centre, flags the bits of FLAGS.
+PROFILE_QUALITY = {
+    "depth": "int32", "genes": "int32", "control": "int32", "in_tissue": "int8", "tissue": "float32", "flags": "uint16",
+}  # fmt: skip
+FLAGS = ("low_depth", "few_genes", "many_controls", "off_tissue", "not_in_tissue")  # bit i is FLAGS[i]; none drops any
 
 BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # control and line-break characters: no name holds one
 SLIDE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -110,11 +121,21 @@ class GroupMeta:
         return self.tile_px * self.tile_mpp
 
 
+class CountBlock(NamedTuple):
+    """Counts of consecutive profiles as CSR."""
+
+    indptr: npt.NDArray[np.int64]  # [n + 1], from 0
+    gene: npt.NDArray[np.int32]  # [nnz], ascending within a profile
+    count: npt.NDArray[np.int32]  # [nnz], > 0
+
+
 @dataclass
 class Profiles:
     """N measured units as arrays: places in the slide's micron frame, footprints, and counts as CSR.
 
-    `gene` indexes the gene list that travels with the container (the store's own, or the shard set's).
+    `gene` indexes the gene list that travels with the container (the store's own, or the shard set's). The vertices of
+    profile i's polygon are `polygon_um[polygon_indptr[i]:polygon_indptr[i + 1]]`, relative to its centre; none where
+    its footprint is a disc or a square.
     """
 
     ids: list[str]
@@ -124,6 +145,13 @@ class Profiles:
     indptr: npt.NDArray[np.int64]  # [N + 1]
     gene: npt.NDArray[np.int32]  # [nnz], ascending within a profile
     count: npt.NDArray[np.int32]  # [nnz], > 0
+    polygon_indptr: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [N + 1]
+    polygon_um: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 2), np.float32))  # [V, 2]
+
+    def __post_init__(self) -> None:
+        """Without polygons every profile has none."""
+        if not len(self.polygon_indptr):
+            self.polygon_indptr = np.zeros(len(self.ids) + 1, np.int64)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -138,24 +166,35 @@ class Profiles:
     def area_um2(self) -> npt.NDArray[np.float64]:
         """[N] footprint areas."""
         side = self.footprint_um.astype(np.float64)
-        return np.where(self.footprint_kind == DISC, np.pi / 4, 1.0) * side**2
+        return np.where(self.footprint_kind == SQUARE, 1.0, np.pi / 4) * side**2
 
     def take(self, rows: npt.NDArray[np.int64]) -> "Profiles":
         """The profiles at `rows`, in that order."""
-        lengths = np.diff(self.indptr)[rows]
-        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        entries = np.repeat(self.indptr[rows] - indptr[:-1], lengths) + np.arange(indptr[-1])
+        indptr, entries = spans(self.indptr, rows)
+        return self.places(rows, CountBlock(indptr, self.gene[entries], self.count[entries]))
+
+    def places(self, rows: npt.NDArray[np.int64], counts: CountBlock) -> "Profiles":
+        """The profiles at `rows` with these counts in place of their own."""
+        polygon_indptr, vertices = spans(self.polygon_indptr, rows)
         return Profiles(
             [self.ids[r] for r in rows], self.xy_um[rows], self.footprint_um[rows], self.footprint_kind[rows],
-            indptr, self.gene[entries], self.count[entries],
+            *counts, polygon_indptr, self.polygon_um[vertices],
         )  # fmt: skip
 
 
-def slide_log_density(profiles: Profiles) -> float:
+def spans(
+    indptr: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(indptr, entry numbers) of the chosen rows of a CSR matrix."""
+    lengths = np.diff(indptr)[rows]
+    chosen = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return chosen, np.repeat(indptr[rows] - chosen[:-1], lengths) + np.arange(chosen[-1])
+
+
+def slide_log_density(depth: npt.NDArray[np.integer], area_um2: npt.NDArray[np.float64]) -> float:
     """Mean log(depth / area in um2) over the profiles with counts; 0 where a slide has none."""
-    depth = profiles.depth
     some = depth > 0
-    return float(np.mean(np.log(depth[some] / profiles.area_um2[some]))) if some.any() else 0.0
+    return float(np.mean(np.log(depth[some] / area_um2[some]))) if some.any() else 0.0
 
 
 @dataclass
@@ -210,7 +249,7 @@ def encode(group: Group) -> list[tuple[str, bytes]]:
     arrays: dict[str, npt.NDArray] = {
         "region": group.region.astype(np.int32), "xy_um": p.xy_um, "footprint_um": p.footprint_um,
         "footprint_kind": p.footprint_kind, "indptr": p.indptr, "gene": p.gene, "count": p.count,
-        "ids": pack_text(p.ids),
+        "polygon_indptr": p.polygon_indptr, "polygon_um": p.polygon_um, "ids": pack_text(p.ids),
     }  # fmt: skip
     tiles = [(f"g{g}r{r}c{c}.jpg", data) for (g, r, c), data in sorted(group.tiles.items())]
     meta = dump_json(dataclasses.asdict(group.meta))
@@ -230,7 +269,7 @@ def decode(members: dict[str, bytes], source: str) -> Group:
     with np.load(io.BytesIO(members["profiles.npz"]), allow_pickle=False) as arrays:
         profiles = Profiles(
             unpack_text(arrays["ids"]), arrays["xy_um"], arrays["footprint_um"], arrays["footprint_kind"],
-            arrays["indptr"], arrays["gene"], arrays["count"],
+            arrays["indptr"], arrays["gene"], arrays["count"], arrays["polygon_indptr"], arrays["polygon_um"],
         )  # fmt: skip
         region = arrays["region"]
     tiles = {

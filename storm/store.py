@@ -8,19 +8,23 @@ deflated) zip with fixed times, so that equal content gives equal bytes; written
     tiles/offsets         int64 [T + 1]       tile i = jpeg[offsets[i]:offsets[i + 1]]
     tiles/crc32           uint32 [T]
     tiles/place           int32 [T, 2]        (row, col) on the slide's grid
-    tiles/tissue          float32 [T]         share of the tile that is tissue
-    profiles/...          ids, xy_um, footprint_um, footprint_kind   (schema.Profiles)
+    tiles/quality         float32 [T, Q]      columns as schema.TILE_QUALITY
+    profiles/...          ids, xy_um, footprint_um, footprint_kind, polygon_indptr, polygon_um   (schema.Profiles)
+    quality/...           per profile, as schema.PROFILE_QUALITY
     counts/...            indptr, gene, count                        CSR over genes/
-    genes/...             ids, symbols
+    genes/...             ids, symbols, total (summed counts of each gene)
+    overview/...          jpeg (a small picture of the slide), tissue (GeoJSON in level-0 px), both uint8
 """
 
+import contextlib
 import dataclasses
 import functools
-import shutil
-import tempfile
+import os
+import struct
+import weakref
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,10 +38,11 @@ from zarr.storage import LocalStore, ZipStore
 from storm import files, schema
 from storm.genes import GeneTable
 
-_JPEG_CHUNK_BYTES = 256 << 10  # a chunk is read whole: a few tiles, so that one tile costs little more than itself
-_CACHED_CHUNKS = 8
-_WRITE_BYTES = 32 * _JPEG_CHUNK_BYTES
-_CACHED_CHUNKS = 64
+_JPEG_CHUNK_BYTES = 1 << 20
+_CHUNK = 1 << 20  # entries of the other arrays
+_CODEC = ZstdCodec(level=3)
+_CACHED_CHUNKS = 32
+_PLACES = ("xy_um", "footprint_um", "footprint_kind", "polygon_indptr", "polygon_um")
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 SUFFIX = ".zarr.zip"
 
@@ -53,16 +58,18 @@ class SlideInfo:
     organ: str
     species: str
     platform: str  # of schema.PLATFORMS; 'unknown' for an image without a measurement
+    kind: str  # of schema.KINDS: what its profiles are
     split: str  # train, val, test, or '' where the manifest leaves it to pack
     mpp: float
-    mpp_source: str  # manifest, lattice or embedded
-    width_px0: int
+    mpp_source: str  # manifest, lattice, matrix or embedded
+    width_px0: int  # of the image; without one of the frame that the profiles lie in
     height_px0: int
     tile_px: int
     tile_mpp: float
     alignment: list[list[float]]  # 3 x 3, measurement's own space -> level-0 px
     alignment_source: str
     residual_px0: float | None  # rms of the lattice fit, None without a lattice
+    image: bool = True  # False: expression alone, no tiles
     license: str = ""
     use_terms: str = ""
     facts: dict[str, Any] = field(default_factory=dict)  # whitelisted slide properties, QC and mapping figures
@@ -81,7 +88,7 @@ class Tile:
     row: int
     col: int
     jpeg: bytes
-    tissue: float
+    quality: Sequence[float]  # in the order of schema.TILE_QUALITY
 
 
 def morton(row: int, col: int) -> int:
@@ -89,64 +96,39 @@ def morton(row: int, col: int) -> int:
     return sum(((row >> b & 1) << 1 | (col >> b & 1)) << 2 * b for b in range(20))
 
 
-class _JpegArray:
-    """Appends tile bytes to a growing zarr array, whole chunks at a time, so that memory stays bounded."""
+class _Growing:
+    """Appends to a growing zarr array, whole chunks at a time, so that memory stays bounded."""
 
-    def __init__(self, group: zarr.Group) -> None:
-        self.array = group.create_array("jpeg", shape=(0,), chunks=(_JPEG_CHUNK_BYTES,), dtype="uint8",
-                                        compressors=None)  # fmt: skip
-        self.pending = bytearray()
-        self.written = 0
+    def __init__(self, group: zarr.Group, name: str, dtype: str, chunk: int, codec: ZstdCodec | None) -> None:
+        self.array = group.create_array(name, shape=(0,), chunks=(chunk,), dtype=dtype, compressors=codec)
+        self.chunk = chunk
+        self.pending: list[npt.NDArray] = []
+        self.waiting = self.written = 0
 
-    def append(self, data: bytes) -> None:
-        self.pending += data
-        if len(self.pending) >= _WRITE_BYTES:
-            self._write(_WRITE_BYTES)
+    def append(self, data: npt.NDArray) -> None:
+        self.pending.append(data)
+        self.waiting += len(data)
+        if self.waiting >= self.chunk:
+            self._write(self.waiting - self.waiting % self.chunk)
 
     def finish(self) -> None:
-        if self.pending:
-            self._write(len(self.pending))
+        if self.waiting:
+            self._write(self.waiting)
 
     def _write(self, size: int) -> None:
+        data = np.concatenate(self.pending)
         self.array.resize((self.written + size,))
-        self.array[self.written :] = np.frombuffer(bytes(self.pending[:size]), np.uint8)
+        self.array[self.written :] = data[:size]
+        self.pending = [data[size:]]
         self.written += size
-        del self.pending[:size]
+        self.waiting -= size
 
 
 def _put(group: zarr.Group, name: str, data: npt.NDArray) -> None:
     # A chunk never smaller than one row keeps empty arrays legal.
-    chunks = (max(1, min(len(data), 1 << 20)), *data.shape[1:])
-    array = group.create_array(name, shape=data.shape, chunks=chunks, dtype=data.dtype, compressors=ZstdCodec(level=3))
+    chunks = (max(1, min(len(data), _CHUNK)), *data.shape[1:])
+    array = group.create_array(name, shape=data.shape, chunks=chunks, dtype=data.dtype, compressors=_CODEC)
     array[...] = data
-
-
-def _put_tiles(root: zarr.Group, tiles: Iterable[Tile]) -> None:
-    group = root.create_group("tiles")
-    jpeg = _JpegArray(group)
-    offsets, crcs, places, tissue = [0], [], [], []
-    for tile in tiles:
-        jpeg.append(tile.jpeg)
-        offsets.append(offsets[-1] + len(tile.jpeg))
-        crcs.append(zlib.crc32(tile.jpeg))
-        places.append((tile.row, tile.col))
-        tissue.append(tile.tissue)
-    jpeg.finish()
-    _put(group, "offsets", np.array(offsets, np.int64))
-    _put(group, "crc32", np.array(crcs, np.uint32))
-    _put(group, "place", np.array(places, np.int32).reshape(-1, 2))
-    _put(group, "tissue", np.array(tissue, np.float32))
-
-
-def _put_profiles(root: zarr.Group, profiles: schema.Profiles, genes: GeneTable) -> None:
-    group, counts, table = (root.create_group(name) for name in ("profiles", "counts", "genes"))
-    _put(group, "ids", schema.pack_text(profiles.ids))
-    for name in ("xy_um", "footprint_um", "footprint_kind"):
-        _put(group, name, getattr(profiles, name))
-    for name in ("indptr", "gene", "count"):
-        _put(counts, name, getattr(profiles, name))
-    _put(table, "ids", schema.pack_text(list(genes.ids)))
-    _put(table, "symbols", schema.pack_text(list(genes.symbols)))
 
 
 def _zip_folder(folder: Path, target: Path) -> None:
@@ -157,25 +139,104 @@ def _zip_folder(folder: Path, target: Path) -> None:
             archive.writestr(entry, path.read_bytes())
 
 
+class Writer:
+    """The parts of a store on their way into its file; tiles and counts are streamed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._root = zarr.create_group(LocalStore(folder), zarr_format=3)
+
+    def put_tiles(self, tiles: Iterable[Tile]) -> None:
+        """Write tiles, which are consumed once; best neighbours after each other."""
+        group = self._root.create_group("tiles")
+        jpeg = _Growing(group, "jpeg", "uint8", _JPEG_CHUNK_BYTES, None)
+        offsets, crcs, places, quality = [0], [], [], []
+        for tile in tiles:
+            jpeg.append(np.frombuffer(tile.jpeg, np.uint8))
+            offsets.append(offsets[-1] + len(tile.jpeg))
+            crcs.append(zlib.crc32(tile.jpeg))
+            places.append((tile.row, tile.col))
+            quality.append(tile.quality)
+        jpeg.finish()
+        _put(group, "offsets", np.array(offsets, np.int64))
+        _put(group, "crc32", np.array(crcs, np.uint32))
+        _put(group, "place", np.array(places, np.int32).reshape(-1, 2))
+        _put(group, "quality", np.array(quality, np.float32).reshape(-1, len(schema.TILE_QUALITY)))
+
+    def put_counts(self, blocks: Iterable[schema.CountBlock], genes: GeneTable) -> tuple[npt.NDArray, npt.NDArray]:
+        """Write the counts of all profiles, in blocks of consecutive ones, and their genes with the total of each.
+
+        Returns:
+            Depth [N] and number of genes [N] of each profile.
+        """
+        group, table = self._root.create_group("counts"), self._root.create_group("genes")
+        columns = {name: _Growing(group, name, "int32", _CHUNK, _CODEC) for name in ("gene", "count")}
+        total = np.zeros(len(genes), np.int64)
+        depths, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for block in blocks:
+            columns["gene"].append(block.gene.astype(np.int32, copy=False))
+            columns["count"].append(block.count.astype(np.int32, copy=False))
+            running = np.concatenate([[0], np.cumsum(block.count, dtype=np.int64)])
+            depths.append(np.diff(running[block.indptr]))
+            lengths.append(np.diff(block.indptr))
+            total += np.bincount(block.gene, block.count, len(genes)).astype(np.int64)
+        for column in columns.values():
+            column.finish()
+        length = np.concatenate(lengths)
+        _put(group, "indptr", np.concatenate([[0], np.cumsum(length)]).astype(np.int64))
+        _put(table, "ids", schema.pack_text(list(genes.ids)))
+        _put(table, "symbols", schema.pack_text(list(genes.symbols)))
+        _put(table, "total", total)
+        return np.concatenate(depths), length
+
+    def put_profiles(self, profiles: schema.Profiles, quality: dict[str, npt.NDArray]) -> None:
+        """Write places and footprints (the counts are put_counts') and what is known of each profile's quality."""
+        group, qc = self._root.create_group("profiles"), self._root.create_group("quality")
+        _put(group, "ids", schema.pack_text(profiles.ids))
+        for name in _PLACES:
+            _put(group, name, getattr(profiles, name))
+        for name, dtype in schema.PROFILE_QUALITY.items():
+            _put(qc, name, quality[name].astype(dtype))
+
+    def put_overview(self, jpeg: bytes, tissue_geojson: bytes) -> None:
+        """Write a small picture of the slide, and its tissue as GeoJSON in level-0 px; empty without an image."""
+        group = self._root.create_group("overview")
+        _put(group, "jpeg", np.frombuffer(jpeg, np.uint8))
+        _put(group, "tissue", np.frombuffer(tissue_geojson, np.uint8))
+
+    def close(self, info: SlideInfo, target: Path) -> None:
+        """Write the attributes and then everything into `target`, complete or not at all."""
+        self._root.attrs.put(dataclasses.asdict(info))
+        with files.replacing(target) as temporary:
+            _zip_folder(self._folder, temporary)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, slide_id: str) -> Iterator[Writer]:
+    """A writer for one slide's store; whatever is not closed leaves nothing behind."""
+    with files.scratch_folder(folder / schema.check_slide_id(slide_id)) as scratch:
+        yield Writer(scratch)
+
+
+def store_path(folder: Path, slide_id: str) -> Path:
+    """Where a slide's store lies."""
+    return folder / f"{schema.check_slide_id(slide_id)}{SUFFIX}"
+
+
 def write(folder: Path, info: SlideInfo, tiles: Iterable[Tile], profiles: schema.Profiles, genes: GeneTable) -> Path:
-    """Write one slide's store, complete or not at all; `tiles` are consumed once, best in Morton order.
+    """Write one slide's store from what is in memory, complete or not at all; returns its path.
 
     `info.facts` may grow while the tiles are consumed: it is written after them.
-
-    Returns:
-        The path of the store, `folder/<slide_id>.zarr.zip`.
     """
-    target = folder / f"{schema.check_slide_id(info.slide_id)}{SUFFIX}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f".{info.slide_id}.*/"):  # of a write that was killed; ids hold no dot
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f".{info.slide_id}.", dir=folder) as scratch:
-        root = zarr.create_group(LocalStore(scratch), zarr_format=3)
-        _put_tiles(root, tiles)
-        _put_profiles(root, profiles, genes)
-        root.attrs.put(dataclasses.asdict(info))
-        with files.replacing(target) as temporary:
-            _zip_folder(Path(scratch), temporary)
+    target = store_path(folder, info.slide_id)
+    n = len(profiles)
+    with writing(folder, info.slide_id) as writer:
+        writer.put_tiles(tiles)
+        depth, found = writer.put_counts([schema.CountBlock(profiles.indptr, profiles.gene, profiles.count)], genes)
+        quality = {name: np.zeros(n, dtype) for name, dtype in schema.PROFILE_QUALITY.items()}
+        writer.put_profiles(profiles, quality | {"depth": depth, "genes": found, "in_tissue": np.full(n, -1)})
+        writer.put_overview(b"", b"")
+        writer.close(info, target)
     return target
 
 
@@ -203,28 +264,47 @@ class SlideStore:
             )
         self.info = SlideInfo(**attributes)
         self.place: npt.NDArray[np.int32] = self._array("tiles/place")  # [T, 2] (row, col)
-        self.tissue: npt.NDArray[np.float32] = self._array("tiles/tissue")  # [T]
+        self.tile_quality: npt.NDArray[np.float32] = self._array("tiles/quality")  # [T, Q] as schema.TILE_QUALITY
         self._offsets = self._array("tiles/offsets")
         self._crc32 = self._array("tiles/crc32")
-        # zarr reads whole chunks, and the neighbours of a tile lie in the same one
-        self._jpeg_chunk = functools.lru_cache(_CACHED_CHUNKS)(self._read_jpeg_chunk)
         self.tile_index = {(int(r), int(c)): i for i, (r, c) in enumerate(self.place)}
+        self._chunk = functools.lru_cache(_CACHED_CHUNKS)(self._read_chunk)
+
+    @property
+    def tissue(self) -> npt.NDArray[np.float32]:
+        """[T] share of each tile that is tissue."""
+        return self.tile_quality[:, schema.TILE_QUALITY.index("tissue")]
 
     def _array(self, name: str, span: slice = slice(None)) -> npt.NDArray:
         try:
             return np.asarray(self._root[name][span])  # type: ignore[index]
-        except (zipfile.BadZipFile, zlib.error) as error:
+        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
             raise ValueError(f"{self.path}: {name} is damaged ({error}); delete it and run data_prep.build") from error
 
     def __len__(self) -> int:
         return len(self.place)
 
-    def _read_jpeg_chunk(self, k: int) -> bytes:
-        return self._array("tiles/jpeg", slice(k * _JPEG_CHUNK_BYTES, (k + 1) * _JPEG_CHUNK_BYTES)).tobytes()
-
     def tile_bytes(self, i: int) -> int:
         """Size of tile i's JPEG in bytes."""
         return int(self._offsets[i + 1] - self._offsets[i])
+
+    @functools.cached_property
+    def _jpeg_places(self) -> npt.NDArray[np.int64]:
+        """Where each chunk of the JPEG bytes starts in the file: they are stored as they are, and zarr is slow here."""
+        count = -(-int(self._offsets[-1]) // _JPEG_CHUNK_BYTES)
+        with zipfile.ZipFile(self.path) as archive, self.path.open("rb") as handle:
+            starts = []
+            for k in range(count):
+                entry = archive.getinfo(f"tiles/jpeg/c/{k}")
+                handle.seek(entry.header_offset + 26)
+                starts.append(entry.header_offset + 30 + sum(struct.unpack("<HH", handle.read(4))))
+        return np.array(starts, np.int64)
+
+    @functools.cached_property
+    def _handle(self) -> int:
+        handle = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, handle)
+        return handle
 
     def jpeg(self, i: int) -> bytes:
         """The JPEG bytes of tile i.
@@ -232,10 +312,14 @@ class SlideStore:
         Raises:
             ValueError: the bytes are not those that were written.
         """
-        start, end = int(self._offsets[i]), int(self._offsets[i + 1])
-        first = start // _JPEG_CHUNK_BYTES
-        chunks = [self._jpeg_chunk(k) for k in range(first, -(-end // _JPEG_CHUNK_BYTES))]
-        data = b"".join(chunks)[start - first * _JPEG_CHUNK_BYTES :][: end - start]
+        at, end = int(self._offsets[i]), int(self._offsets[i + 1])
+        parts = []
+        while at < end:
+            chunk, inside = divmod(at, _JPEG_CHUNK_BYTES)
+            size = min(end - at, _JPEG_CHUNK_BYTES - inside)
+            parts.append(os.pread(self._handle, size, int(self._jpeg_places[chunk]) + inside))
+            at += size
+        data = b"".join(parts)
         if zlib.crc32(data) != int(self._crc32[i]):
             raise ValueError(f"{self.path}: tile {i} is damaged (crc32); delete the store and run data_prep.build")
         return data
@@ -245,11 +329,54 @@ class SlideStore:
         ids, symbols = (schema.unpack_text(self._array(f"genes/{name}")) for name in ("ids", "symbols"))
         return GeneTable(tuple(ids), tuple(symbols))
 
+    def gene_totals(self) -> npt.NDArray[np.int64]:
+        """[G] summed counts of each gene of `genes()`."""
+        return self._array("genes/total")
+
+    def places(self) -> schema.Profiles:
+        """All profiles without their counts."""
+        ids = schema.unpack_text(self._array("profiles/ids"))
+        none = np.zeros(0, np.int32)
+        arrays = {name: self._array(f"profiles/{name}") for name in _PLACES}
+        return schema.Profiles(ids=ids, indptr=np.zeros(len(ids) + 1, np.int64), gene=none, count=none, **arrays)
+
     def profiles(self) -> schema.Profiles:
         """All profiles; `gene` indexes `genes()`."""
-        places = {n: self._array(f"profiles/{n}") for n in ("xy_um", "footprint_um", "footprint_kind")}
-        counts = {n: self._array(f"counts/{n}") for n in ("indptr", "gene", "count")}
-        return schema.Profiles(ids=schema.unpack_text(self._array("profiles/ids")), **places, **counts)
+        found = self.places()
+        found.indptr, found.gene, found.count = (self._array(f"counts/{n}") for n in ("indptr", "gene", "count"))
+        return found
+
+    @functools.cached_property
+    def indptr(self) -> npt.NDArray[np.int64]:
+        """[N + 1] where each profile's counts start."""
+        return self._array("counts/indptr")
+
+    def _read_chunk(self, name: str, k: int) -> npt.NDArray[np.int32]:
+        return self._array(f"counts/{name}", slice(k * _CHUNK, (k + 1) * _CHUNK))
+
+    def counts(self, rows: npt.NDArray[np.int64]) -> schema.CountBlock:
+        """The counts of some profiles, without reading those of all: best for rows that lie near each other."""
+        indptr, entries = schema.spans(self.indptr, rows)
+        values = []
+        for name in ("gene", "count"):
+            found = np.empty(len(entries), np.int32)
+            for k in np.unique(entries // _CHUNK).tolist():
+                here = entries // _CHUNK == k
+                found[here] = self._chunk(name, k)[entries[here] - k * _CHUNK]
+            values.append(found)
+        return schema.CountBlock(indptr, *values)
+
+    def quality(self) -> dict[str, npt.NDArray]:
+        """Per profile, as schema.PROFILE_QUALITY."""
+        return {name: self._array(f"quality/{name}") for name in schema.PROFILE_QUALITY}
+
+    def log_density(self) -> float:
+        """Mean over the profiles with counts of log(depth / footprint area in um2)."""
+        return schema.slide_log_density(self._array("quality/depth"), self.places().area_um2)
+
+    def overview(self) -> tuple[bytes, bytes]:
+        """(JPEG of the whole slide, GeoJSON of its tissue in level-0 px), both empty without an image."""
+        return self._array("overview/jpeg").tobytes(), self._array("overview/tissue").tobytes()
 
 
 def paths(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from storm import schema, store
 from storm.genes import GeneTable
 
 INFO = store.SlideInfo(
-    slide_id="s1", section="s1", donor="d", study="t", organ="skin", species="human", platform="visium", split="",
+    slide_id="s1", section="s1", donor="d", study="t", organ="skin", species="human", platform="visium", kind="spot", split="",
     mpp=0.5, mpp_source="manifest", width_px0=1000, height_px0=900, tile_px=224, tile_mpp=0.5,
     alignment=np.eye(3).tolist(), alignment_source="file", residual_px0=None, facts={"profiles": 2},
 )  # fmt: skip
@@ -25,7 +25,10 @@ PROFILES = schema.Profiles(
 def tiles(n: int = 5, size: int = 100_000) -> list[store.Tile]:
     """Tiles that together span several chunks of the store."""
     rng = np.random.default_rng(0)
-    return [store.Tile(i // 3, i % 3, rng.integers(0, 256, size + i, np.uint8).tobytes(), i / 10) for i in range(n)]
+    return [
+        store.Tile(i // 3, i % 3, rng.integers(0, 256, size + i, np.uint8).tobytes(), (i / 10, *[0.0] * 6))
+        for i in range(n)
+    ]
 
 
 @pytest.fixture

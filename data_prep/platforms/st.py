@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.platforms import Measurement, whole_counts
+from data_prep.platforms import GENE, Measurement, Source, counts_in_memory, whole_counts
 from storm.schema import DISC
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ _PLACE = re.compile(r"(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)")
 _COLUMNS = ("x", "y", "pixel_x", "pixel_y")
 
 
-def inputs(measurement: Path, spots: Path | None) -> list[Path]:
+def inputs(source: Source) -> list[Path]:
     """The counts and the spot file."""
-    if spots is None:
-        raise ValueError(f"{measurement}: legacy ST needs the spot file (x, y, pixel_x, pixel_y) in the column spots")
-    return [measurement, spots]
+    if source.spots is None:
+        raise ValueError(f"{source.measurement}: legacy ST needs its spot file in the column spots")
+    return [source.measurement, source.spots]
 
 
 def _table(path: Path, index: bool) -> "pd.DataFrame":
@@ -95,13 +95,13 @@ def _spots(path: Path) -> dict[str, tuple[float, float, bool]]:
     return found
 
 
-def read(measurement: Path, spots: Path | None) -> Measurement:
+def read(source: Source) -> Measurement:
     """The selected spots that have counts, in the order of the counts.
 
     Raises:
         ValueError: no spot file, a spot with counts that the spot file does not know, a table of another form.
     """
-    counts_path, spots_path = inputs(measurement, spots)
+    counts_path, spots_path = inputs(source)
     ids, genes, counts = _counts(counts_path)
     known = _spots(spots_path)
     strangers = [i for i in ids if i not in known]
@@ -126,8 +126,9 @@ def read(measurement: Path, spots: Path | None) -> Measurement:
     xy = np.array([known[i][:2] for i in kept])
     lattice = np.array([[int(part) for part in i.split("x")] for i in kept], dtype=np.float64) * PITCH_UM
     row, column = np.nonzero(counts[rows])
+    indptr = np.searchsorted(row, np.arange(len(kept) + 1)).astype(np.int64)
     return Measurement(
-        kept, xy, np.full(len(kept), SPOT_UM, np.float32), np.full(len(kept), DISC, np.uint8),
-        np.searchsorted(row, np.arange(len(kept) + 1)).astype(np.int64), column, counts[rows][row, column],
-        genes, genes, lattice, xy, None, notes,
+        "st", "spot", kept, xy, np.full(len(kept), SPOT_UM, np.float32), np.full(len(kept), DISC, np.uint8),
+        counts_in_memory(indptr, column, counts[rows][row, column]), genes, genes,
+        np.full(len(genes), GENE, np.uint8), lattice_um=lattice, lattice_xy=xy, notes=notes,
     )  # fmt: skip

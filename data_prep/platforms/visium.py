@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.platforms import Measurement, whole_counts
+from data_prep.platforms import GENE, Measurement, Source, counts_in_memory, whole_counts
 from storm import files
 from storm.schema import DISC
 
@@ -76,9 +76,9 @@ def _mex_files(folder: Path) -> tuple[Path, Path, Path]:
     )
 
 
-def inputs(measurement: Path, spots: Path | None) -> list[Path]:
+def inputs(source: Source) -> list[Path]:
     """The matrix, the positions and the scale factors."""
-    matrix, positions, scale = _locate(measurement, spots)
+    matrix, positions, scale = _locate(source.measurement, source.spots)
     return [*(_mex_files(matrix) if matrix.is_dir() else [matrix]), positions, scale]
 
 
@@ -254,14 +254,14 @@ def _expression(matrix: Matrix, rows: npt.NDArray[np.int64]) -> Matrix:
     )  # fmt: skip
 
 
-def read(measurement: Path, spots: Path | None) -> Measurement:
+def read(source: Source) -> Measurement:
     """One profile for each barcode of the filtered matrix (of a raw one: those in tissue), in the matrix's order.
 
     Raises:
         ValueError: files are missing or unreadable, or the barcodes of the matrix have no positions.
     """
-    matrix_path, positions_path, scale_path = _locate(measurement, spots)
-    matrix = read_matrix(measurement)
+    matrix_path, positions_path, scale_path = _locate(source.measurement, source.spots)
+    matrix = read_matrix(source.measurement)
     positions = read_positions(positions_path)
     joined = _joined(matrix.barcodes, list(positions), matrix_path, positions_path)
     raw = "raw_feature_bc_matrix" in matrix_path.name
@@ -276,7 +276,8 @@ def read(measurement: Path, spots: Path | None) -> Measurement:
     places = np.array([positions[joined[r]][3:] for r in rows], dtype=np.float64).reshape(-1, 2)
     lattice = np.array([(p[2] * COL_UM, p[1] * ROW_UM, p[3], p[4]) for p in positions.values()])
     return Measurement(
-        kept.barcodes, places, np.full(len(rows), SPOT_UM, np.float32), np.full(len(rows), DISC, np.uint8),
-        kept.indptr, kept.column, kept.count, kept.names, kept.symbols, lattice[:, :2], lattice[:, 2:],
-        _scale_mpp(scale_path), notes,
+        "visium", "spot", kept.barcodes, places, np.full(len(rows), SPOT_UM, np.float32),
+        np.full(len(rows), DISC, np.uint8), counts_in_memory(kept.indptr, kept.column, kept.count), kept.names,
+        kept.symbols, np.full(len(kept.names), GENE, np.uint8), lattice_um=lattice[:, :2], lattice_xy=lattice[:, 2:],
+        reported_mpp=_scale_mpp(scale_path), notes=notes,
     )  # fmt: skip

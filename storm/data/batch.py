@@ -12,7 +12,7 @@ import torch
 from storm.data import stain
 from storm.data.tile import decode_tile
 from storm.data.view import Mask, View
-from storm.schema import PLATFORMS, TILE_STATS, Group, RegionMeta
+from storm.schema import DISC, PLATFORMS, SQUARE, TILE_STATS, Group, RegionMeta
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -236,7 +236,8 @@ def _profiles(layout: _Layout) -> None:
         turned = _turn(local, width, height, view)
         centre = np.stack([height, width] if view.turns % 2 else [width, height], axis=-1) / 2
         xy[at], pos[at] = turned, _code(turned, centre, view)
-        size[at], kind[at] = profiles.footprint_um, profiles.footprint_kind
+        # The model reads under discs and squares; a polygon is read as the disc of its area.
+        size[at], kind[at] = profiles.footprint_um, np.where(profiles.footprint_kind == SQUARE, SQUARE, DISC)
         factor = 1.0 if view.size_factor is None else view.size_factor
         fed[at] = np.log(profiles.footprint_um * factor)
 

@@ -17,7 +17,7 @@ from tests.conftest import PREP_TINY
 
 CONFIG = load(PrepConfig, PREP_TINY)
 INFO = store.SlideInfo(
-    slide_id="s", section="s", donor="d", study="t", organ="skin", species="human", platform="visium", split="",
+    slide_id="s", section="s", donor="d", study="t", organ="skin", species="human", platform="visium", kind="spot", split="",
     mpp=0.5, mpp_source="manifest", width_px0=2000, height_px0=2000, tile_px=112, tile_mpp=1.0,
     alignment=np.eye(3).tolist(), alignment_source="", residual_px0=None,
 )  # fmt: skip
@@ -46,7 +46,7 @@ def write_store(folder: Path, what: store.SlideInfo, n: int, genes_: tuple[str, 
         np.full(n, 55, np.float32), np.zeros(n, np.uint8), np.arange(n + 1, dtype=np.int64) * len(genes_),
         np.tile(np.arange(len(genes_), dtype=np.int32), n), counts.reshape(-1).astype(np.int32),
     )  # fmt: skip
-    tiles = [store.Tile(0, i, bytes([i % 256]) * 50, 1.0) for i in range(n)]
+    tiles = [store.Tile(0, i, bytes([i % 256]) * 50, [1.0] * 7) for i in range(n)]
     what = dataclasses.replace(what, facts={"profiles": n, "notes": []})
     store.write(folder, what, tiles, profiles, genes.GeneTable(genes_, genes_))
 

@@ -1,0 +1,172 @@
+"""One row of the manifest -> one slide store.
+
+In: a row, the config. Out: the store, with tiles, profiles, counts and all that was found on the way. Pixels and counts
+are streamed: memory does not grow with the slide.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+
+from data_prep import platforms, quality, slides, tissue
+from data_prep.manifest import IMAGE_ONLY, ManifestRow
+from data_prep.platforms import Measurement
+from data_prep.profiles import Placed, no_profiles, place, profiles_of
+from storm import genes, regions, schema, store
+from storm.config import PrepConfig
+
+_BLOCK = 8  # tiles are read in blocks of 8 x 8, row of blocks by row of blocks, so that no part is decoded twice
+
+
+def _kept_places(
+    shares: np.ndarray, profiles: schema.Profiles, tile_um: float, config: PrepConfig
+) -> list[tuple[int, int]]:
+    """(row, col), neighbours near each other, of the tiles that a profile reads or that hold tissue."""
+    rows, cols = shares.shape
+    read = regions.tiles_read(profiles.xy_um, profiles.footprint_um, tile_um)
+    wanted = {(int(r), int(c)) for r, c in read if 0 <= r < rows and 0 <= c < cols}
+    # A tile that did not decode in the overview is asked for once more, so that its loss is counted.
+    wanted |= {(int(r), int(c)) for r, c in np.argwhere(~(shares < config.min_tissue))}
+    return sorted(wanted, key=_block_order)
+
+
+def _block_order(place: tuple[int, int]) -> tuple[int, int, int]:
+    (block_row, row), (block_col, col) = (divmod(at, _BLOCK) for at in place)
+    return block_row, block_col, store.morton(row, col)
+
+
+def _tiles(
+    slide: slides.Slide, grid: slides.Grid, places: list[tuple[int, int]], shares: np.ndarray, config: PrepConfig,
+    facts: dict[str, Any],
+) -> Iterator[store.Tile]:  # fmt: skip
+    """The encoded tiles; `facts` is completed at the end.
+
+    Raises:
+        ValueError: more than `max_failed_tiles` do not decode.
+    """
+    figures: list[tuple[float, ...]] = []
+    failed: dict[tuple[int, int], str] = {}
+    for row, col in places:
+        try:
+            pixels = slide.read(*grid.box(row, col), config.tile_px)
+        except slides.DecodeError as error:
+            failed[row, col] = str(error)
+            continue
+        share = float(shares[row, col])
+        if np.isnan(share):  # the overview did not decode here, the tile itself does
+            share = float(tissue.tissue_mask(pixels).mean())
+        figures.append(quality.tile_quality(pixels, share, grid.inside(slide, row, col)))
+        # Chroma at half resolution, as slide scanners store it themselves.
+        jpeg = simplejpeg.encode_jpeg(pixels, config.jpeg_quality, "RGB", "420", fastdct=False)
+        yield store.Tile(row, col, jpeg, figures[-1])
+    if len(failed) > config.max_failed_tiles * len(places):
+        raise ValueError(
+            f"{len(failed)} of {len(places)} tiles do not decode (max_failed_tiles {config.max_failed_tiles}): "
+            f"{next(iter(failed.values()))}; restore the slide"
+        )
+    facts.update(quality.summary(np.array(figures, np.float32).reshape(-1, len(schema.TILE_QUALITY))))
+    facts.update({"tiles": len(figures), "failed_tiles": [list(p) for p in failed]})
+    if failed:
+        facts["notes"].append(f"{len(failed)} tiles do not decode and are left out")
+    if not figures:
+        facts["notes"].append("no tile holds tissue or is read by a profile")
+
+
+def _opened(row: ManifestRow, config: PrepConfig, scratch: Path | None) -> slides.Slide | None:
+    return slides.open_slide(row.image, config.max_image_mpx, scratch) if row.image else None
+
+
+def _measured(row: ManifestRow) -> Measurement | None:
+    """Raises ValueError: there is nothing to read."""
+    if row.platform == IMAGE_ONLY:
+        return None
+    if row.source is None:
+        raise ValueError(f"slide {row.slide_id}: platform {row.platform} needs a measurement; give its path")
+    return platforms.reader(row.reader).read(row.source)
+
+
+def _info(row: ManifestRow, placed: Placed, measured: Measurement | None, config: PrepConfig) -> store.SlideInfo:
+    width, height = placed.size_px0
+    return store.SlideInfo(
+        slide_id=row.slide_id, section=row.section or row.slide_id, donor=row.donor, study=row.study, organ=row.organ,
+        species=row.species, platform=measured.platform if measured else "unknown",
+        kind=measured.kind if measured else "spot", split=row.split, mpp=placed.mpp.value, mpp_source=placed.mpp.source,
+        width_px0=width, height_px0=height, tile_px=config.tile_px, tile_mpp=config.tile_mpp,
+        alignment=placed.matrix.tolist(), alignment_source=placed.matrix_source, residual_px0=placed.residual_px0,
+        image=row.image is not None, license=row.license, use_terms=row.use_terms,
+    )  # fmt: skip
+
+
+def _check_resolution(row: ManifestRow, mpp: float, config: PrepConfig) -> None:
+    if row.image and mpp > 1.01 * config.tile_mpp * config.max_upsampling:  # 1.0004 um/px is 1 um/px
+        raise ValueError(f"{row.image}: {mpp:.2f} um per pixel is too coarse for tiles of {config.tile_mpp} um per px; "
+                         "give the full-resolution image, or raise max_upsampling")  # fmt: skip
+
+
+def build_slide(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | None = None) -> Path:
+    """Build one slide's store in `folder` and return its path.
+
+    Args:
+        scratch: folder for a tiled copy of an image that cannot be read in parts.
+
+    Raises:
+        ValueError (or another of build.INPUT_ERRORS): naming file, fact and cure; nothing is left behind.
+    """
+    slide, measured = _opened(row, config, scratch), _measured(row)
+    placed = place(row, slide, measured, config)
+    _check_resolution(row, placed.mpp.value, config)
+    info = _info(row, placed, measured, config)
+    info.facts.update({"slide": slide.facts if slide else {}, **placed.facts})
+    profiles, counts = no_profiles(), None
+    if measured:
+        profiles, counts, facts = profiles_of(row, measured, placed, config)
+        info.facts.update(facts | {"notes": [*info.facts["notes"], *facts["notes"]]})
+    target = store.store_path(folder, row.slide_id)
+    with store.writing(folder, row.slide_id) as writer:
+        shares = _put_image(writer, row, slide, info, profiles, config)
+        depth, found = writer.put_counts(counts.blocks() if counts else [], counts.table if counts else _NO_GENES)
+        n = len(profiles)
+        in_tissue = np.full(n, -1, np.int8)
+        if measured and counts and measured.in_tissue is not None:
+            in_tissue = measured.in_tissue[counts.rows]
+        control = counts.control if counts else np.zeros(n, np.int64)
+        figures = quality.profile_quality(depth, found, control, in_tissue, _share_at(shares, profiles, info), config)
+        writer.put_profiles(profiles, figures)
+        if measured:
+            info.facts["median_depth"] = float(np.median(depth))
+            info.facts["counts"] = int(found.sum())
+        writer.close(info, target)
+    return target
+
+
+_NO_GENES = genes.GeneTable((), ())
+
+
+def _put_image(
+    writer: store.Writer, row: ManifestRow, slide: slides.Slide | None, info: store.SlideInfo,
+    profiles: schema.Profiles, config: PrepConfig,
+) -> np.ndarray:  # fmt: skip
+    """Write tiles and overview; returns the share of tissue per tile of the grid, [0, 0] without an image."""
+    if slide is None or row.image is None:
+        writer.put_tiles([])
+        writer.put_overview(b"", b"")
+        return np.zeros((0, 0), np.float32)
+    grid = slides.Grid.over(slide, info.tile_um / info.mpp)
+    grid.check(slide, row.image, config.max_tiles, config.max_px_per_byte)
+    overview = tissue.read_overview(slide, grid)
+    shares = overview.shares(tissue.tissue_mask(overview.rgb))
+    places = _kept_places(shares, profiles, info.tile_um, config)
+    writer.put_tiles(_tiles(slide, grid, places, shares, config, info.facts))
+    writer.put_overview(b"", b"")
+    return shares
+
+
+def _share_at(shares: np.ndarray, profiles: schema.Profiles, info: store.SlideInfo) -> np.ndarray:
+    """[N] share of tissue of the tile that holds each profile's centre; NaN without an image."""
+    if not shares.size:
+        return np.full(len(profiles), np.nan, np.float32)
+    col, row = np.floor(profiles.xy_um / info.tile_um).astype(np.int64).T
+    return shares[row.clip(0, shares.shape[0] - 1), col.clip(0, shares.shape[1] - 1)]
