@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep import inputs, manifest, records, workers
@@ -79,6 +79,10 @@ def _failed(row: ManifestRow, folder: Path, config: PrepConfig, reason: str) -> 
     return Record(row.slide_id, "failed", _without_folders(reason, row, folder, config))
 
 
+def _state(record: Record, new: bool) -> str:
+    return "failed" if record.state == "failed" else "built" if new else "current"
+
+
 def _line(record: Record, new: bool, folder: Path) -> str:
     if record.state == "failed":
         return f"{record.slide_id}: FAILED: {record.reason}"
@@ -92,20 +96,21 @@ def _line(record: Record, new: bool, folder: Path) -> str:
     if new:
         parts.append(f"{record.seconds:.1f} s")
     notes = "".join(f"\n    {note}" for note in facts["notes"])
-    return f"{record.slide_id}: {'built' if new else 'current'}: {', '.join(parts)}{notes}"
+    return f"{record.slide_id}: {_state(record, new)}: {', '.join(parts)}{notes}"
 
 
 def build(
     rows: Sequence[ManifestRow], folder: Path, config: PrepConfig, processes: int, scratch: Path | None = None
-) -> list[Record]:
-    """Build every slide that is not current, and print a line for each."""
+) -> list[tuple[Record, bool]]:
+    """Build every slide that is not current, and print a line for each; (record, whether it was built just now)."""
     folder.mkdir(parents=True, exist_ok=True)
     work = functools.partial(attempt, folder=folder, config=config, scratch=scratch)
     done = []
     died = functools.partial(_died, folder=folder)
-    for record, new in workers.run(rows, work, died, processes):
+    answers: Iterator[tuple[Record, bool]] = workers.run(rows, work, died, processes)
+    for record, new in answers:
         print(_line(record, new, folder), flush=True)
-        done.append(record)
+        done.append((record, new))
     return done
 
 
@@ -160,10 +165,9 @@ def _run(args: argparse.Namespace) -> int:
     config = load(PrepConfig, args.config, args.overrides)
     rows = task_rows(manifest.read(args.manifest, args.root, config.split_by), args.plan, args.task)
     done = build(rows, args.store, config, max(1, min(args.workers, len(rows))), args.scratch)
-    failed = [record.slide_id for record in done if record.state == "failed"]
-    if failed:
-        print(f"{len(failed)} of {len(done)} slides failed: {', '.join(failed[:5])}", file=sys.stderr)
-    return 1 if failed else 0
+    states = [_state(record, new) for record, new in done]
+    print(f"{args.store}: " + ", ".join(f"{states.count(state)} {state}" for state in ("built", "current", "failed")))
+    return 1 if "failed" in states else 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ def files_of(row: ManifestRow, config: PrepConfig) -> list[Path]:
     found = slides.files_of(row.image) if row.image else []
     if row.source:
         found += platforms.reader(row.reader).inputs(row.source)
-    found += [path for path in (row.alignment, Path(config.aliases) if config.aliases else None) if path]
+    if config.aliases:
+        genes.read_aliases(Path(config.aliases))
+        found.append(Path(config.aliases))
+    found += [row.alignment] if row.alignment else []
     found = list(dict.fromkeys(found))
     for path in found:
         if not path.is_file():
@@ -41,12 +44,13 @@ def files_of(row: ManifestRow, config: PrepConfig) -> list[Path]:
 
 
 def _hashed(path: Path, known: dict[str, list[Any]]) -> list[Any]:
-    """[name, bytes, mtime_ns, sha256]; the hash of the last build where size and time are still the same."""
+    """As Record.inputs; the content's hash is that of the last build where size and time are still the same."""
     stat = path.stat()
-    before = known.get(path.name)
+    name = files.sha256_of(str(path.absolute()).encode())[:16]
+    before = known.get(name)
     if before and before[1:3] == [stat.st_size, stat.st_mtime_ns]:
         return before
-    return [path.name, stat.st_size, stat.st_mtime_ns, files.sha256_file(path)]
+    return [name, stat.st_size, stat.st_mtime_ns, files.sha256_file(path)]
 
 
 def fingerprint(row: ManifestRow, config: PrepConfig, last: Record | None = None) -> tuple[str, list[list[Any]]]:
@@ -56,8 +60,6 @@ def fingerprint(row: ManifestRow, config: PrepConfig, last: Record | None = None
         ValueError, OSError: a file is missing.
     """
     known = {entry[0]: entry for entry in last.inputs} if last else {}
-    if last and len(known) < len(last.inputs):
-        known = {}  # two files of one name: the name alone does not tell which is which
     found = [_hashed(path, known) for path in files_of(row, config)]
     facts = {
         "row": {k: v for k, v in dataclasses.asdict(row).items() if not isinstance(v, Path)},

@@ -22,7 +22,7 @@ class Record:
     state: str  # built or failed
     reason: str = ""  # why it failed, with the cure
     fingerprint: str = ""  # of all that the store is made from
-    inputs: list[list[Any]] = field(default_factory=list)  # [name, bytes, mtime_ns, sha256] of each file
+    inputs: list[list[Any]] = field(default_factory=list)  # [hash of path, bytes, mtime_ns, sha256] of each
     bytes: int = 0  # of the store
     sha256: str = ""  # of the store
     seconds: float = 0.0

@@ -11,8 +11,8 @@ from storm import schema, store
 from storm.genes import GeneTable
 
 INFO = store.SlideInfo(
-    slide_id="s1", section="s1", donor="d", study="t", organ="skin", species="human", platform="visium", kind="spot", split="",
-    mpp=0.5, mpp_source="manifest", width_px0=1000, height_px0=900, tile_px=224, tile_mpp=0.5,
+    slide_id="s1", section="s1", donor="d", study="t", organ="skin", species="human", platform="visium", kind="spot",
+    split="", mpp=0.5, mpp_source="manifest", width_px0=1000, height_px0=900, tile_px=224, tile_mpp=0.5,
     alignment=np.eye(3).tolist(), alignment_source="file", residual_px0=None, facts={"profiles": 2},
 )  # fmt: skip
 GENES = GeneTable(("ENSG1", "ENSG2"), ("a", "b"))

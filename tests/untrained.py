@@ -34,7 +34,8 @@ def write_store(folder: Path, slide_id: str = "slide1", side: int = 12, measured
     rng = np.random.default_rng(seed)
     info = store.SlideInfo(
         slide_id, slide_id, PLANTED, "study1", "breast", "human", "visium" if measured else "unknown",
-        "spot", "test", 0.875, "manifest", side * 128, side * 128, MODEL.tile_px, MODEL.tile_mpp, np.eye(3).tolist(), "given", None, "CC0-1.0",
+        "spot", "test", 0.875, "manifest", side * 128, side * 128, MODEL.tile_px, MODEL.tile_mpp, np.eye(3).tolist(),
+        "given", None, license="CC0-1.0",
     )  # fmt: skip
     tiles = [
         store.Tile(row, col, simplejpeg.encode_jpeg(rng.integers(60 + 10 * row, 255, (32, 32, 3), np.uint8)), [1.0] * 7)

@@ -1,7 +1,6 @@
 """build: stores that are right, reproducible, current and free of traces; faults are listed while the rest goes on."""
 
 import json
-import multiprocessing
 import socket
 import zipfile
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pytest
 import simplejpeg
 import tifffile
 
-from data_prep import build, manifest, pack, platforms, profiles
+from data_prep import manifest, one_slide, pack, platforms, profiles, records
 from storm import files, store
 from storm.config import PrepConfig
 from tests.data_prep.vendors import (
@@ -38,16 +37,18 @@ def opened(folder: Path, slide_id: str) -> store.SlideStore:
 def test_stores_of_a_corpus(built: Built, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, folder = built()
     assert code == 0
-    assert sorted(p.name for p in folder.iterdir()) == ["i.zarr.zip", "t.zarr.zip", "v.zarr.zip"]
+    assert [p.name for p in store.paths(folder)] == ["i.zarr.zip", "t.zarr.zip", "v.zarr.zip"]
+    assert len(list(folder.iterdir())) == 2 * 3  # a store and a record each, and nothing else
     assert "3 built, 0 current, 0 failed" in capsys.readouterr().out
     visium = opened(folder, "v")
-    measured = platforms.reader("visium").read(corpus / "v" / "outs", None)
+    measured = platforms.reader("visium").read(platforms.Source("visium", corpus / "v" / "outs"))
+    (block,) = measured.counts(np.arange(len(measured.ids)))
     profiles, genes = visium.profiles(), visium.genes()
     assert profiles.ids == measured.ids
-    np.testing.assert_allclose(profiles.xy_um, measured.xy_px0 * visium.info.mpp)
+    np.testing.assert_allclose(profiles.xy_um, measured.xy * visium.info.mpp)
     assert sorted(genes.symbols) == sorted(SYMBOLS)
     for name in SYMBOLS:  # each gene's counts, summed over the slide, went to that gene
-        total = measured.count[measured.column == measured.names.index(name)].sum()
+        total = block.count[block.gene == measured.names.index(name)].sum()
         assert profiles.count[profiles.gene == genes.symbols.index(name)].sum() == total
     assert visium.info.mpp == pytest.approx(MPP, rel=1e-4)
     assert (visium.info.mpp_source, opened(folder, "i").info.mpp_source) == ("lattice", "embedded")
@@ -67,8 +68,8 @@ def test_tiles_are_the_slides_pixels(built: Built, corpus: Path) -> None:
     # Tissue fills the left half; of an image alone nothing else is kept.
     assert {c for _, c in image.tile_index} == {0, 1, 2, 3, 4}
     assert len(image) == 9 * 5
-    numbers = [store.morton(r, c) for r, c in image.place.tolist()]
-    assert numbers == sorted(numbers)
+    order = [one_slide._block_order((r, c)) for r, c in image.place.tolist()]
+    assert order == sorted(order)
 
 
 def test_every_tile_that_a_profile_reads_is_kept(built: Built) -> None:
@@ -147,7 +148,7 @@ def test_faults_are_listed_and_the_rest_goes_on(built: Built, corpus: Path, tmp_
     path = write_manifest(corpus / "faults.csv", rows)
     code, folder = built("max_image_mpx=1", manifest=path)
     assert code == 1
-    reasons = json.loads((folder / build.FAILURES).read_text())
+    reasons = records.failures(folder)
     assert [p.name for p in store.paths(folder)] == ["good.zarr.zip"]
     expected = {
         "broken": "broken.svs: is no slide",
@@ -168,7 +169,7 @@ def test_faults_are_listed_and_the_rest_goes_on(built: Built, corpus: Path, tmp_
         assert str(tmp_path) not in reasons[slide_id]
     write_manifest(path, rows[:1])
     assert built("max_image_mpx=1", manifest=path)[0] == 0
-    assert not (folder / build.FAILURES).exists()
+    assert records.read(folder, "good").state == "built"  # type: ignore[union-attr]
 
 
 def test_an_internal_fault_stops_one_slide_alone(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +178,9 @@ def test_an_internal_fault_stops_one_slide_alone(built: Built, monkeypatch: pyte
     def place(row: manifest.ManifestRow, *rest: Any) -> Any:
         return [].no_such_thing if row.slide_id == "t" else real(row, *rest)  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(build, "place", place)
+    monkeypatch.setattr(one_slide, "place", place)
     code, folder = built()
-    reason = files.read_json(folder / build.FAILURES)["t"]
+    reason = records.failures(folder)["t"]
     assert (code, [p.name for p in store.paths(folder)]) == (1, ["i.zarr.zip", "v.zarr.zip"])
     assert reason.startswith(
         "internal fault: AttributeError: 'list' object has no attribute 'no_such_thing' (test_build"
@@ -193,16 +194,16 @@ def test_a_stale_store_of_another_manifest_stays_listed(built: Built, corpus: Pa
     assert (code, (folder / "v.zarr.zip").is_file()) == (1, True)
     other = write_manifest(corpus / "m.csv", [{"slide_id": "n", "image": "images/i.tif", "platform": "image"}])
     assert built(manifest=other)[0] == 0
-    assert files.read_json(folder / build.FAILURES).keys() == {"v"}  # pack must go on leaving it out
+    assert records.failures(folder).keys() == {"v"}  # pack must go on leaving it out
     write_tiff(corpus / "images" / "v.tif", tissue(950, 1000))
     assert built()[0] == 0
-    assert not (folder / build.FAILURES).exists()
+    assert not records.failures(folder)
 
 
 def test_aliases_are_told_by_their_content(built: Built, corpus: Path, tmp_path: Path) -> None:
     aliases = tmp_path / MARK / "aliases.tsv"
     code, folder = built(f"aliases={aliases}")
-    reasons = files.read_json(folder / build.FAILURES)
+    reasons = records.failures(folder)
     assert (code, reasons["v"]) == (1, "aliases.tsv: no such file; correct the config's key aliases")
     files.write_bytes(aliases, b"mine\tTP53\n")
     assert built(f"aliases={aliases}")[0] == 0
@@ -218,19 +219,6 @@ def test_wrong_usage_is_2(built: Built, tmp_path: Path, capsys: pytest.CaptureFi
     assert "no such manifest" in capsys.readouterr().err
     assert built("tile_pxx=3")[0] == 2
     assert "tile_pxx is no key (nearest: tile_px)" in capsys.readouterr().err
-
-
-def test_a_process_that_dies_is_listed(tmp_path: Path) -> None:
-    class Died:
-        exitcode = -9
-
-        def join(self) -> None:
-            pass
-
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    sender.close()
-    row = manifest.ManifestRow("a", tmp_path)
-    assert "ended with code -9" in build._answer(row, Died(), receiver).reason
 
 
 def test_an_alignment_maps_the_measurement_onto_another_image(built: Built, corpus: Path) -> None:
@@ -263,17 +251,18 @@ def test_columns_of_one_gene_are_summed(built: Built, corpus: Path) -> None:
     outs = write_visium(corpus / "double" / "outs", genes=genes)
     rows = [{"slide_id": "d", "image": "images/v.tif", "measurement": "double/outs", "platform": "visium"}]
     _, folder = built(manifest=write_manifest(corpus / "m.csv", rows))
-    found, measured = opened(folder, "d"), platforms.reader("visium").read(outs, None)
+    found, measured = opened(folder, "d"), platforms.reader("visium").read(platforms.Source("visium", outs))
+    (block,) = measured.counts(np.arange(len(measured.ids)))
     assert set(found.genes().symbols) == {"TP53", "EGFR", "CD3E"}
     table = found.genes()
     total = found.profiles().count[found.profiles().gene == table.index["ENSG00000141510"]].sum()
-    assert total == measured.count[measured.column < 2].sum()
+    assert total == block.count[block.gene < 2].sum()
     assert found.info.facts["controls"] == 1
 
 
 def test_a_slide_without_a_manifest(corpus: Path, tmp_path: Path) -> None:
     row = manifest.ManifestRow("alone", corpus / "images" / "v.tif", corpus / "v" / "outs", "visium")
-    path = build.build_slide(row, tmp_path / "out", PrepConfig())
+    path = one_slide.build_slide(row, tmp_path / "out", PrepConfig())
     found = store.SlideStore(path)
     assert (found.info.section, found.info.donor, len(found.profiles())) == ("alone", "unknown", 64)
 
@@ -323,7 +312,7 @@ def test_no_trace_of_people_and_machines(built: Built, corpus: Path, tmp_path: P
     assert code == 1
     assert pack.main(["--store", str(stores), "--out", str(tmp_path / "shards"), "tile_px=112", "tile_mpp=1.0"]) == 0
     outputs = [p for f in (stores, tmp_path / "shards") for p in f.rglob("*") if p.is_file()]
-    assert {p.name for p in outputs} >= {"a.zarr.zip", "failures.json", "manifest.json", "000000.tar", "index.npz"}
+    assert {p.name for p in outputs} >= {"a.zarr.zip", "b.record.json", "manifest.json", "000000.tar", "index.npz"}
     secrets = [MARK, str(tmp_path), "/ho" + "me/", "ImageDescription"]
     for path in outputs:
         data = everything_in(path)
@@ -339,7 +328,7 @@ def test_whole_slides_of_real_scanners(built: Built, real_data: Path, tmp_path: 
     code, folder = built("--root", str(real_data), manifest=path)
     assert code == 1
     assert [p.name for p in store.paths(folder)] == ["good.zarr.zip"]
-    reasons = files.read_json(folder / build.FAILURES)
+    reasons = records.failures(folder)
     assert "is no slide" in reasons["broken"]
     assert "1 of 1 tiles do not decode" in reasons["bad"]
     info = opened(folder, "good").info

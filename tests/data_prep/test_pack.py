@@ -17,8 +17,8 @@ from tests.conftest import PREP_TINY
 
 CONFIG = load(PrepConfig, PREP_TINY)
 INFO = store.SlideInfo(
-    slide_id="s", section="s", donor="d", study="t", organ="skin", species="human", platform="visium", kind="spot", split="",
-    mpp=0.5, mpp_source="manifest", width_px0=2000, height_px0=2000, tile_px=112, tile_mpp=1.0,
+    slide_id="s", section="s", donor="d", study="t", organ="skin", species="human", platform="visium", kind="spot",
+    split="", mpp=0.5, mpp_source="manifest", width_px0=2000, height_px0=2000, tile_px=112, tile_mpp=1.0,
     alignment=np.eye(3).tolist(), alignment_source="", residual_px0=None,
 )  # fmt: skip
 
