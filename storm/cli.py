@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from storm import __version__
 from storm.commands import guarded
@@ -97,6 +97,11 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", choices=("train", "val", "test"), help="of the folder: the slides of this split")
     command.add_argument("--image", type=Path, help="a slide that is in no store")
     command.add_argument("--visium", type=Path, help="the outs folder that was measured on --image")
+    command.add_argument("--measurement", type=Path, help="what another platform measured on --image")
+    command.add_argument("--platform", help="of --measurement: st, visium, visium_hd, xenium or cosmx")
+    for name in ("format", "unit", "spots", "alignment"):
+        option = "profile-unit" if name == "unit" else name  # predict has a --unit of its own
+        command.add_argument(f"--{option}", help=f"of --measurement: as the manifest's column {name}")
     command.add_argument("--mpp", type=float, help="um per pixel of --image, where neither it nor the spots tell")
     command.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     command.add_argument("-o", "--out", type=Path, required=True, help="an .h5ad file for one slide, else a folder")
@@ -116,8 +121,8 @@ def _sources(args: argparse.Namespace, pretrained: "Pretrained") -> Iterator[lis
     if (args.store is None) == (args.image is None):
         raise ValueError("name the input: --store, or --image (with --visium, where it was measured)")
     if args.image is None:
-        if args.visium or args.mpp:
-            raise ValueError("--visium and --mpp go with --image")
+        if args.visium or args.mpp or args.measurement:
+            raise ValueError("--visium, --measurement and --mpp go with --image")
         yield [_Source(path) for path in _stores(args)]
         return
     if args.slide or args.split:
@@ -144,21 +149,17 @@ def _stores(args: argparse.Namespace) -> list[Path]:
 
 
 def _built(args: argparse.Namespace, pretrained: "Pretrained", folder: Path) -> _Source:
-    """A store made for this call from an image and, where given, a Visium measurement."""
-    from data_prep.manifest import IMAGE_ONLY, MPP_RANGE, ManifestRow
+    """A store made for this call from an image and, where given, what was measured on it."""
     from data_prep.one_slide import build_slide
     from storm import results
     from storm.config import PrepConfig
     from storm.store import SlideStore
 
-    if args.mpp is not None and not MPP_RANGE[0] <= args.mpp <= MPP_RANGE[1]:
-        raise ValueError(f"--mpp {args.mpp}: give um per pixel of {args.image}, {MPP_RANGE[0]} to {MPP_RANGE[1]}")
-    species = "mouse" if pretrained.genes.ids[0].startswith("ENSMUS") else "human"
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", args.image.stem)[:64] or "slide"
-    row = ManifestRow(
-        name, args.image, args.visium, "visium" if args.visium else IMAGE_ONLY, species=species, mpp=args.mpp
+    path = build_slide(
+        _row(args, pretrained),
+        folder,
+        PrepConfig(tile_px=pretrained.config.tile_px, tile_mpp=pretrained.config.tile_mpp),
     )
-    path = build_slide(row, folder, PrepConfig(tile_px=pretrained.config.tile_px, tile_mpp=pretrained.config.tile_mpp))
     info = SlideStore(path).info
     print(f"{args.image}: {info.mpp:.4f} um per pixel ({info.mpp_source})", *info.facts["notes"], sep="\n    ")
     if not args.visium:
@@ -167,6 +168,26 @@ def _built(args: argparse.Namespace, pretrained: "Pretrained", folder: Path) -> 
     if left_out:
         print(f"{args.visium}: left out {left_out} of {left_out + own.n_obs} barcodes: not in tissue, or off the image")
     return _Source(path, own)
+
+
+def _row(args: argparse.Namespace, pretrained: "Pretrained") -> Any:
+    """What a manifest would say of the slide that the arguments name."""
+    from data_prep.manifest import IMAGE_ONLY, MPP_RANGE, ManifestRow
+    from data_prep.platforms import VENDORS
+
+    if args.mpp is not None and not MPP_RANGE[0] <= args.mpp <= MPP_RANGE[1]:
+        raise ValueError(f"--mpp {args.mpp}: give um per pixel of {args.image}, {MPP_RANGE[0]} to {MPP_RANGE[1]}")
+    if args.visium and args.measurement:
+        raise ValueError("--visium and --measurement are two measurements; give one")
+    if (args.measurement is None) != (args.platform is None) or args.platform not in (None, *VENDORS):
+        raise ValueError(f"--measurement and --platform go together; platforms are {', '.join(VENDORS)}")
+    species = "mouse" if pretrained.genes.ids[0].startswith("ENSMUS") else "human"
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", args.image.stem)[:64] or "slide"
+    spots, alignment = (Path(text) if text else None for text in (args.spots, args.alignment))
+    return ManifestRow(
+        name, args.image, args.visium or args.measurement, "visium" if args.visium else args.platform or IMAGE_ONLY,
+        species=species, mpp=args.mpp, spots=spots, alignment=alignment, format=args.format or "", unit=args.profile_unit or "",
+    )  # fmt: skip
 
 
 def _each(args: argparse.Namespace, make: "Callable[[Pretrained, _Source], anndata.AnnData]") -> int:
