@@ -186,7 +186,8 @@ def _row(args: argparse.Namespace, pretrained: "Pretrained") -> Any:
     spots, alignment = (Path(text) if text else None for text in (args.spots, args.alignment))
     return ManifestRow(
         name, args.image, args.visium or args.measurement, "visium" if args.visium else args.platform or IMAGE_ONLY,
-        species=species, mpp=args.mpp, spots=spots, alignment=alignment, format=args.format or "", unit=args.profile_unit or "",
+        species=species, mpp=args.mpp, spots=spots, alignment=alignment, format=args.format or "",
+        unit=args.profile_unit or "",
     )  # fmt: skip
 
 
