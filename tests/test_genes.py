@@ -37,6 +37,24 @@ def test_columns_of_one_gene_share_an_index_and_controls_have_none() -> None:
     assert found.table.symbols[found.column[0]] == "TP53"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NegControlProbe_00042", "NegControlCodeword_0500", "BLANK_0069", "BLANK-0001", "Blank-12", "antisense_PROKR2",
+        "UnassignedCodeword_0001", "DeprecatedCodeword_0321", "Intergenic_Region_10013", "GenomicControl_1", "NegPrb12",
+        "Negative1", "Negative01", "NegProbe-WTX", "Negative Control Probe", "SystemControl1", "FalseCode12",
+    ],
+)  # fmt: skip
+def test_controls_are_told_by_their_names(name: str) -> None:
+    assert genes.is_control(name)
+
+
+@pytest.mark.parametrize("species", ["human", "mouse"])
+def test_no_gene_is_taken_for_a_control(species: str) -> None:
+    assert [symbol for symbol in genes.shipped(species).symbols if genes.is_control(symbol)] == []
+    assert not any(map(genes.is_control, ("NEGR1", "BLK", "ENSG00000141510", "MALAT1_ENSG00000251562", "Blnk")))
+
+
 def test_aliases_are_asked_first(tmp_path: Path) -> None:
     path = tmp_path / "aliases.tsv"
     path.write_text("mygene\tTP53\n")
