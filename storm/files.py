@@ -9,12 +9,14 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 _BLOCK_BYTES = 1 << 20
+_SLURM_SECONDS = 10  # for an answer; without one nothing is removed
 
 
 def _sync(path: Path) -> None:
@@ -35,50 +37,79 @@ def _started(pid: int) -> str:
     return "" if state == "Z" else fields[18]
 
 
-def _owner() -> str:
-    """This process, as temporary names carry it: host, SLURM job and its restart, pid, start."""
-    host = re.sub(r"[^A-Za-z0-9-]", "-", os.uname().nodename)
-    job = f"{os.environ.get('SLURM_JOB_ID', '0')}r{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    return f"{host}.{job}.{os.getpid()}.{_started(os.getpid())}"
+def _job() -> tuple[str, int]:
+    """The SLURM job that this process is of, as cluster-number, and how often it was started again; else ('0', 0)."""
+    of = os.environ
+    if not of.get("SLURM_JOB_ID"):
+        return "0", 0
+    cluster = re.sub(r"[^A-Za-z0-9-]", "-", of.get("SLURM_CLUSTER_NAME", ""))
+    return f"{cluster}-{of['SLURM_JOB_ID']}", int(of.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", os.uname().nodename)
 
 
 _TEMPORARY = re.compile(
-    r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]+)\.(?P<job>\w+)r(?P<restart>\d+)\.(?P<pid>\d+)\.(?P<started>\d+)"
+    r"\.(?P<name>.+)\.(?P<host>[A-Za-z0-9-]+)\.(?P<job>[A-Za-z0-9-]+)r(?P<restart>\d+)\.(?P<pid>\d+)\.(?P<started>\d+)"
     r"\.[0-9a-f]{8}\.(?P<kind>tmp|old)"
 )
 
 
-def _is_dead(left: re.Match[str]) -> bool:
-    """Whether the owner of a temporary name is known to be gone; of a process on another machine one cannot tell,
-    except that a job which SLURM has started again no longer runs as it ran before."""
-    host, job, _, _ = _owner().split(".")
-    if left["host"] == host:
-        return _started(int(left["pid"])) != left["started"]
-    own, _, restart = job.rpartition("r")
-    return own != "0" and left["job"] == own and int(left["restart"]) < int(restart)
-
-
 def temporary(path: Path, kind: str = "tmp") -> Path:
-    """A new name beside `path` that tells whose it is."""
-    return path.with_name(f".{path.name}.{_owner()}.{uuid.uuid4().hex[:8]}.{kind}")
+    """A new name beside `path` that tells whose it is: host, SLURM job and its restart, pid, start."""
+    job, restart = _job()
+    owner = f"{_host()}.{job}r{restart}.{os.getpid()}.{_started(os.getpid())}"
+    return path.with_name(f".{path.name}.{owner}.{uuid.uuid4().hex[:8]}.{kind}")
+
+
+def _ended(jobs: set[str]) -> set[str]:
+    """Those of some jobs, cluster-number, that neither wait nor run any more; of other clusters one cannot tell."""
+    cluster = _job()[0].rpartition("-")[0]
+    asked = {number for job in jobs for of, _, number in [job.rpartition("-")] if cluster and of == cluster}
+    if not asked:
+        return set()
+    command = ["squeue", "--noheader", "--format=%A", f"--jobs={','.join(sorted(asked))}"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=_SLURM_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return set()
+    # A single job that SLURM has forgotten is an error to it, one of several is not.
+    if told.returncode and "Invalid job id" not in told.stderr:
+        return set()
+    return {f"{cluster}-{number}" for number in asked - set(told.stdout.split())}
+
+
+def _dead(found: list[re.Match[str]]) -> list[re.Match[str]]:
+    """The temporary names whose owners are known to be gone: a process of this machine that is no more; elsewhere one
+    of a job that has ended, or that SLURM has started again since."""
+    host, (job, restart) = _host(), _job()
+    ended = _ended({left["job"] for left in found if left["host"] != host})
+
+    def is_dead(left: re.Match[str]) -> bool:
+        if left["host"] == host:
+            return _started(int(left["pid"])) != left["started"]
+        again = left["job"] == job != "0" and int(left["restart"]) < restart
+        return again or left["job"] in ended
+
+    return [left for left in found if is_dead(left)]
 
 
 def sweep(folder: Path, name: str | None = None) -> list[Path]:
     """Remove what dead owners left in a folder (of one path's temporaries where `name` is its name); what a live one
     is writing stays. A folder that had been moved aside goes back. Returns what was found."""
-    found = []
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
-        left = _TEMPORARY.fullmatch(entry.name)
-        if not left or (name is not None and left["name"] != name) or not _is_dead(left):
-            continue
-        found.append(entry)
-        if left["kind"] == "old" and not (folder / left["name"]).exists():
-            os.rename(entry, folder / left["name"])
-        elif entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
-    return found
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    found = [left for entry in entries if (left := _TEMPORARY.fullmatch(entry)) and name in (None, left["name"])]
+    swept = [(left, folder / left.string) for left in _dead(found)]
+    for left, path in swept:
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps the same folder
+            if left["kind"] == "old" and not (folder / left["name"]).exists():
+                os.rename(path, folder / left["name"])
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+    return [path for _, path in swept]
 
 
 @contextlib.contextmanager
