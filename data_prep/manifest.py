@@ -1,5 +1,8 @@
 """The user's table of slides, validated as a whole.
 
+    python -m data_prep.manifest init DIR [-o FILE] [--force]     draft one from a folder
+    python -m data_prep.manifest check FILE [--root DIR]          validate one
+
 In: a csv or parquet file, one row per section. Out: `ManifestRow`s with resolved paths, or one ValueError that lists
 every fault of the file with its line, its column and its cure.
 
@@ -12,14 +15,17 @@ spatialdata. Paths are relative to the manifest's folder or to a given root, and
 taken as it is.
 """
 
+import argparse
 import csv
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.platforms import FORMATS, VENDORS, Source
 from storm import files, schema
+from storm.commands import guarded
 from storm.presets import nearest
 
 REQUIRED = ("slide_id", "image", "measurement", "platform", "donor", "study", "organ", "species")
@@ -30,7 +36,9 @@ OPTIONAL = (
 SPECIES = ("human", "mouse")
 IMAGE_ONLY = "image"
 MPP_RANGE = (0.02, 20.0)  # outside it a value is a slip of the pen
-_SQUARE = re.compile(r"square\d{1,3}um")
+SPACE_RANGE = (0.02, 1000.0)  # the unit may be a mm, or the pitch of a lattice
+_UNIT = re.compile(r"cell|(square|disc)\d{1,3}um")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a cell that starts so
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class ManifestRow:
         if self.measurement is None:
             return None
         return Source(self.platform, self.measurement, self.spots, self.alignment, self.unit, self.space_um,
-                      self.assume_aligned)  # fmt: skip
+                      self.assume_aligned, self.species)  # fmt: skip
 
     @property
     def reader(self) -> str:
@@ -82,7 +90,8 @@ class _Reader:
         self.faults.append(f"line {self.line}, column {column}: {text}")
 
     def text(self, column: str) -> str:
-        return self.cells.get(column, "").strip()
+        value = self.cells.get(column, "").strip()
+        return value[1:] if value[:1] == "'" and value[1:].startswith(_FORMULA) else value
 
     def required(self, column: str, cure: str) -> str:
         value = self.text(column)
@@ -107,7 +116,7 @@ class _Reader:
             self.fault(column, f"{value!r} is none of {', '.join(known)}")
         return value
 
-    def length_um(self, column: str, what: str) -> float | None:
+    def length_um(self, column: str, what: str, limits: tuple[float, float] = MPP_RANGE) -> float | None:
         value = self.text(column)
         if not value:
             return None
@@ -115,14 +124,14 @@ class _Reader:
             number = float(value)
         except ValueError:
             number = -1.0
-        if not MPP_RANGE[0] <= number <= MPP_RANGE[1]:
-            self.fault(column, f"{value!r} is no um per {what} between {MPP_RANGE[0]} and {MPP_RANGE[1]}")
+        if not limits[0] <= number <= limits[1]:
+            self.fault(column, f"{value!r} is no um per {what} between {limits[0]} and {limits[1]}")
         return number
 
     def unit(self) -> str:
         value = self.text("unit")
-        if value and value != "cell" and not _SQUARE.fullmatch(value):
-            self.fault("unit", f"{value!r} is neither cell nor square<N>um (as square8um); or leave it blank")
+        if value and not _UNIT.fullmatch(value):
+            self.fault("unit", f"{value!r} is none of cell, square<N>um (as square8um), disc<N>um; or leave it blank")
         return value
 
     def platform(self) -> str:
@@ -167,7 +176,7 @@ class _Reader:
             == "true",
             license=self.text("license"), use_terms=self.text("use_terms"),
             format=self.one_of("format", self.text("format"), FORMATS), unit=self.unit(),
-            space_um=self.length_um("space_um", "unit of the measurement"),
+            space_um=self.length_um("space_um", "unit of the measurement", SPACE_RANGE),
         )  # fmt: skip
 
 
@@ -192,8 +201,16 @@ def _cells(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     return lines[0][1], iter([(n, row) for n, row in lines[1:] if any(cell.strip() for cell in row)])
 
 
+def inert(cell: str) -> str:
+    """The cell as a spreadsheet shows it and does not run it: one that starts like a formula gets an apostrophe."""
+    return f"'{cell}" if cell.startswith(_FORMULA) else cell
+
+
 def _header_faults(header: list[str]) -> list[str]:
     known = [*REQUIRED, *OPTIONAL]
+    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and mark in header[0]:
+            return [f"line 1: its columns are separated by {name}; save it as csv with commas"]
     faults = [f"line 1: {name!r} is no column{nearest(name, known)}" for name in header if name not in known]
     faults += [f"line 1: column {name} is missing; add it" for name in REQUIRED if name not in header]
     faults += [f"line 1: column {name} comes twice" for name in sorted({n for n in header if header.count(n) > 1})]
@@ -255,3 +272,33 @@ def read(path: Path, root: Path | None = None, split_by: str = "donor") -> list[
     if faults:
         raise ValueError("\n".join(f"{path}: {fault}" for fault in faults))
     return [row for _, row in rows]
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.manifest", description="Draft or validate a manifest.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    init = commands.add_parser("init", help="draft a manifest from a folder; what cannot be known stays blank")
+    init.add_argument("folder", type=Path, help="folder that holds slides and measurements")
+    init.add_argument("-o", "--out", type=Path, help="file to write (default: manifest.csv in the folder)")
+    init.add_argument("--force", action="store_true", help="replace the file where it is there")
+    check = commands.add_parser("check", help="validate a manifest, and nothing else")
+    check.add_argument("manifest", type=Path)
+    check.add_argument("--root", type=Path, help="folder that relative paths start from (default: the manifest's)")
+    check.add_argument("--split-by", choices=("donor", "section"), default="donor")
+    return guarded(lambda: _run(parser.parse_args(words)))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command == "init":
+        from data_prep import draft  # it reads what lies in a folder; whoever reads a manifest needs none of that
+
+        print(draft.write(args.folder, args.out or args.folder / "manifest.csv", args.force))
+        return 0
+    rows = read(args.manifest, args.root, args.split_by)
+    print(f"{args.manifest}: {len(rows)} slides of {len({(r.study, r.donor) for r in rows})} donors, no fault")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -51,7 +51,9 @@ def test_a_parquet_manifest_reads_alike(tmp_path: Path) -> None:
         ({"image": ""}, "line 2, column image: is blank"),
         ({"image": "../x.tif"}, "line 2, column image: '../x.tif' leaves its root"),
         ({"platform": "visum"}, "line 2, column platform: 'visum' is unknown (nearest: visium)"),
-        ({"platform": "xenium"}, "column platform: xenium is not yet readable; readable are st, visium, image"),
+        ({"unit": "hexagon"}, "column unit: 'hexagon' is none of cell, square<N>um"),
+        ({"format": "zip"}, "column format: 'zip' is none of st, visium"),
+        ({"space_um": "0"}, "column space_um: '0' is no um per unit of the measurement"),
         ({"platform": "st"}, "column measurement: is blank; give the file or folder that st wrote"),
         ({"measurement": "x"}, "column measurement: must be blank for platform image"),
         ({"species": "yeast"}, "column species: 'yeast' is none of human, mouse"),
@@ -93,6 +95,27 @@ def test_all_faults_come_together(tmp_path: Path) -> None:
 def test_faults_of_the_header_and_the_shape(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "m.csv").write_text(text)
     assert expected in faults(tmp_path / "m.csv")[0]
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_another_separator_is_one_fault(tmp_path: Path, mark: str, name: str) -> None:
+    (tmp_path / "m.csv").write_text("\n".join([mark.join(HEADER), mark.join("abcdefgh")]))
+    (fault,) = faults(tmp_path / "m.csv")
+    assert fault.endswith(f"m.csv: line 1: its columns are separated by {name}; save it as csv with commas")
+
+
+def test_an_apostrophe_before_a_formula_is_no_part_of_the_cell(tmp_path: Path) -> None:
+    rows = [GOOD | {"image": "'=a.tif", "donor": "'-1", "study": "'quoted'"}]
+    (row,) = manifest.read(write_manifest(tmp_path / "m.csv", rows))
+    assert (row.image, row.donor, row.study) == (tmp_path / "=a.tif", "-1", "'quoted'")
+
+
+def test_check_says_what_it_read_and_fails_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_manifest(tmp_path / "m.csv", [GOOD, GOOD | {"slide_id": "b"}])
+    assert manifest.main(["check", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: 2 slides of 1 donors, no fault\n"
+    assert manifest.main(["check", str(write_manifest(path, [GOOD | {"donor": ""}]))]) == 2
+    assert "line 2, column donor: is blank" in capsys.readouterr().err
 
 
 def test_no_manifest_and_no_text(tmp_path: Path) -> None:
