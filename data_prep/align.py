@@ -1,7 +1,8 @@
 """Where a measurement lies on its slide, and how large a pixel is.
 
-In: the printed lattice in um and where its spots were found in the image; the mpp that manifest, lattice and image
-tell. Out: one mpp with its source, and the notes or the refusal that their disagreement calls for.
+In: the printed lattice in um and where its spots were found in the image; alignment files (a matrix, or key points);
+the mpp that manifest, lattice, matrix and image tell. Out: maps between pixels; one mpp with its source, and the notes
+or the refusal that their disagreement calls for.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from storm.config import PrepConfig
 
 EMBEDDED_MPP = (0.05, 2.0)  # outside it a tag is junk: 72 dpi, 1 px per cm
+_STRETCH = 0.02  # two scanners differ by less; more is worth a note
 Matrix = npt.NDArray[np.float64]
 
 
@@ -87,8 +89,81 @@ def choose_mpp(told: dict[str, float | None], config: PrepConfig) -> Mpp:
     return Mpp(chosen, source, notes)
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """Where a measurement lies on its slide: what an alignment file tells."""
+
+    matrix: Matrix  # [3, 3], measurement's px -> level-0 px of the slide
+    source: str  # file or key points
+    points: int = 0  # key points that were fitted
+    residual_px0: float | None = None  # rms distance of the key points after the fit
+
+
+_KEY_POINTS = ("fixedX", "fixedY", "alignmentX", "alignmentY")
+
+
+def read_alignment(path: Path, from_slide: bool = False) -> Alignment:
+    """A 3 x 3 matrix (csv without header), or key points (csv with the header fixedX,fixedY,alignmentX,alignmentY).
+
+    Args:
+        from_slide: the file's matrix maps level-0 px of the slide to the measurement's px, as Xenium Explorer writes
+            it; otherwise the measurement's px to level-0 px. Key points name their sides: `fixed` is the measurement,
+            `alignment` the slide.
+
+    Raises:
+        ValueError: no such file, not an invertible affine matrix, fewer than three key points, or all on one line.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such alignment file; correct the manifest")
+    try:
+        with path.open(encoding="utf-8-sig") as handle:
+            header = [name.strip(' "\r\n') for name in handle.readline(4096).split(",")]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a csv of numbers; write three lines of three, or key points") from None
+    if set(_KEY_POINTS) & set(header):
+        return _fitted(path, header)
+    matrix = read_matrix(path)
+    return Alignment(np.linalg.inv(matrix).astype(np.float64) if from_slide else matrix, "file")
+
+
+def _fitted(path: Path, header: list[str]) -> Alignment:
+    missing = [name for name in _KEY_POINTS if name not in header]
+    if missing:
+        raise ValueError(f"{path}: columns {missing} are missing; key points have {','.join(_KEY_POINTS)}")
+    columns = [header.index(name) for name in _KEY_POINTS]
+    try:
+        points = np.loadtxt(path, delimiter=",", skiprows=1, usecols=columns, ndmin=2, encoding="utf-8-sig")
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path}: its key points are no numbers ({error}); export them again") from None
+    if len(points) < 3 or not np.isfinite(points).all():
+        raise ValueError(f"{path}: {len(points)} key points; a map needs three or more, all of them numbers")
+    try:
+        fit = fit_lattice(points[:, :2], points[:, 2:])
+    except ValueError:
+        raise ValueError(f"{path}: the {len(points)} key points lie on one line; set some beside it") from None
+    return Alignment(fit.matrix, "key points", len(points), fit.residual_px0)
+
+
+def check_scale(matrix: Matrix, space_um: float, path: Path) -> list[str]:
+    """Notes on a map from px of `space_um` um to level-0 px.
+
+    Raises:
+        ValueError: a pixel of the slide would be smaller or larger than any scanner's.
+    """
+    scales = np.linalg.svd(matrix[:2, :2], compute_uv=False)
+    mpp = space_um / float(np.sqrt(scales[0] * scales[1]))
+    low, high = EMBEDDED_MPP
+    if not low <= mpp <= high:
+        raise ValueError(
+            f"{path}: makes a pixel of the slide {mpp:.3g} um wide, which none is; give the map between pixels (not "
+            "um or mm), in the direction that the platform has it"
+        )
+    stretch = float(scales[0] / scales[1] - 1)
+    return [f"the alignment stretches one direction by {100 * stretch:.1f} %"] if stretch > _STRETCH else []
+
+
 def read_matrix(path: Path) -> Matrix:
-    """A 3 x 3 matrix (csv without header) that maps the measurement's px to level-0 px of the slide.
+    """A 3 x 3 matrix (csv without header) as the file has it.
 
     Raises:
         ValueError: no such file, or not an invertible affine 3 x 3 matrix.
@@ -96,7 +171,7 @@ def read_matrix(path: Path) -> Matrix:
     if not path.is_file():
         raise ValueError(f"{path}: no such alignment file; correct the manifest")
     try:
-        matrix = np.loadtxt(path, delimiter=",", ndmin=2)
+        matrix = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
     except ValueError as error:
         raise ValueError(f"{path}: not a csv of numbers ({error}); write three lines of three") from None
     if (

@@ -78,7 +78,8 @@ def _matrix(row: ManifestRow, slide: slides.Slide | None, measured: Measurement 
     if measured.matrix is not None:
         return measured.matrix, measured.matrix_source
     if row.alignment:
-        return align.read_matrix(row.alignment), "file"
+        found = align.read_alignment(row.alignment)
+        return found.matrix, found.source
     if measured.space_um is None:
         return np.eye(3), measured.matrix_source
     if row.assume_aligned:
