@@ -23,8 +23,8 @@ _ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{11})(\.\d+)?(_PAR_Y)?")
 _MONTHS = {"sep": "SEPTIN", "mar": "MARCHF", "dec": "DELEC"}
 _DATE = re.compile(r"(\d{1,2})-(sep|mar|dec)", re.IGNORECASE)
 _RENAMED = re.compile(r"(SEPT|MARCH)(\d{1,2})", re.IGNORECASE)
-# Names of control features: Xenium (NegControlProbe_, BLANK_, antisense_, UnassignedCodeword_), CosMx (NegPrb1, Negative1,
-# SystemControl1, FalseCode1) and MERSCOPE (Blank-1). No symbol of the shipped tables begins like one.
+# Names of control features: Xenium (NegControlProbe_, BLANK_, antisense_, UnassignedCodeword_), CosMx (NegPrb1,
+# Negative1, SystemControl1, FalseCode1) and MERSCOPE (Blank-1). No symbol of the shipped tables begins like one.
 _CONTROL = re.compile(
     r"(blank[-_ ]|blank\d|neg(ative)?[-_ ]?(control|prb|probe|\d)|unassigned|deprecated|antisense|systemcontrol"
     r"|falsecode|intergenic|genomic[-_ ]?control)",

@@ -36,6 +36,7 @@ class Source:
     unit: str = ""  # cell, or square<N>um; blank: the platform's usual one
     space_um: float | None = None  # um per unit of the measurement's own coordinates, where the files do not tell
     assume_aligned: bool = False  # the measurement's own pixels are those of the image
+    species: str = ""  # human or mouse; blank: not told
 
 
 @dataclass(frozen=True)
