@@ -5,6 +5,7 @@ profiles each holds (half-open intervals, each exactly once), the tiles they rea
 """
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,13 +39,15 @@ def cut(xy_um: npt.NDArray[np.float64], tile_um: float, extent: int, cap: int) -
 
     A part is spatially contiguous (halved along its longer side), so that pooling inside a part sums every molecule.
     """
-    side_um = tile_um * extent
-    place = np.floor(xy_um / side_um).astype(np.int64)  # half-open: a centre on a line belongs to the right/lower one
+    place = np.floor(xy_um / (tile_um * extent)).astype(
+        np.int64
+    )  # half-open: a centre on a line belongs right or below
+    order = np.lexsort((place[:, 0], place[:, 1]))  # stable: members stay in ascending order
+    starts = np.flatnonzero(np.diff(place[order], axis=0, prepend=place[order[:1]] - 1).any(axis=1))
     regions = []
-    for x, y in np.unique(place, axis=0):
-        members = np.flatnonzero((place[:, 0] == x) & (place[:, 1] == y))
-        for part in _parts(xy_um, members, cap):
-            regions.append(Region(int(y) * extent, int(x) * extent, extent, part))
+    for members in np.split(order, starts[1:]) if len(order) else []:
+        x, y = place[members[0]]
+        regions += [Region(int(y) * extent, int(x) * extent, extent, part) for part in _parts(xy_um, members, cap)]
     return sorted(regions, key=lambda r: (r.row, r.col, int(r.profiles[0])))
 
 
@@ -62,24 +65,25 @@ def tiles_read(xy_um: npt.NDArray[np.float64], footprint_um: npt.NDArray[np.floa
     reach = np.maximum(footprint_um.astype(np.float64), tile_um)[:, None] / 2
     low = np.floor((xy_um - reach) / tile_um).astype(np.int64)
     high = np.ceil((xy_um + reach) / tile_um).astype(np.int64)  # exclusive: a window that ends on a line stops there
-    places = {
-        (row, col)
-        for (x0, y0), (x1, y1) in zip(low, high, strict=True)
-        for row in range(y0, y1)
-        for col in range(x0, x1)
-    }
-    return np.array(sorted(places), dtype=np.int64).reshape(-1, 2)
+    if not len(low):
+        return np.zeros((0, 2), np.int64)
+    (left, top), (width, height) = low.min(axis=0), (high - low).max(axis=0)
+    stride = int(high[:, 0].max() - left)
+    found = []
+    for down in range(height):  # windows are two tiles wide at most, unless footprints are larger than tiles
+        for right in range(width):
+            corner = low + (right, down)
+            corner = corner[(corner < high).all(axis=1)]
+            found.append(np.unique((corner[:, 1] - top) * stride + corner[:, 0] - left))
+    row, col = np.divmod(np.unique(np.concatenate(found)), stride)
+    return np.stack([row + top, col + left], axis=1)
 
 
-def region_tiles(region: Region, read: Rows, present: set[tuple[int, int]]) -> list[tuple[int, int]]:
+def region_tiles(region: Region, read: Rows, present: Container[tuple[int, int]]) -> list[tuple[int, int]]:
     """(row, col) on the slide's grid of the tiles of a region: inside its square, read by a profile, and present."""
-    return [
-        (int(row), int(col))
-        for row, col in read
-        if region.row <= row < region.row + region.extent
-        and region.col <= col < region.col + region.extent
-        and (int(row), int(col)) in present
-    ]
+    inside = read - (region.row, region.col)
+    inside = read[((inside >= 0) & (inside < region.extent)).all(axis=1)]
+    return [(row, col) for row, col in inside.tolist() if (row, col) in present]
 
 
 def group(

@@ -1,6 +1,7 @@
 """Regions and groups: each profile exactly once, half-open places, bounded sizes."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -55,6 +56,22 @@ def test_tiles_read_by_hand() -> None:
         [1, 1],
     ]
     assert len(regions.tiles_read(centre, np.array([300], np.float32), TILE_UM)) == 9
+
+
+@given(points, st.lists(st.floats(0, 400), min_size=60, max_size=60))
+def test_tiles_read_are_those_of_a_plain_loop(xy: list[tuple[float, float]], sizes: list[float]) -> None:
+    xy_um, footprint = np.array(xy) - 300, np.array(sizes[: len(xy)], np.float32)
+    places = set()
+    for (x, y), size in zip(xy_um, footprint.astype(float), strict=True):
+        reach = max(size, TILE_UM) / 2
+        rows, cols = (range(math.floor((c - reach) / TILE_UM), math.ceil((c + reach) / TILE_UM)) for c in (y, x))
+        places |= set(itertools.product(rows, cols))
+    assert [tuple(p) for p in regions.tiles_read(xy_um, footprint, TILE_UM).tolist()] == sorted(places)
+
+
+def test_no_profile_reads_no_tile() -> None:
+    assert regions.tiles_read(np.zeros((0, 2)), np.zeros(0, np.float32), TILE_UM).shape == (0, 2)
+    assert regions.cut(np.zeros((0, 2)), TILE_UM, 5, 9) == []
 
 
 @given(
