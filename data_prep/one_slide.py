@@ -57,7 +57,7 @@ def _tiles(
             continue
         share = float(shares[row, col])
         if np.isnan(share):  # the overview did not decode here, the tile itself does
-            share = float(tissue.tissue_mask(pixels).mean())
+            share = tissue.tile_share(pixels)
         figures.append(quality.tile_quality(pixels, share, grid.inside(slide, row, col)))
         # Chroma at half resolution, as slide scanners store it themselves.
         jpeg = simplejpeg.encode_jpeg(pixels, config.jpeg_quality, "RGB", "420", fastdct=False)
@@ -135,9 +135,7 @@ def build_slide(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Pat
         control = counts.control if counts else np.zeros(n, np.int64)
         figures = quality.profile_quality(depth, found, control, in_tissue, _share_at(shares, profiles, info), config)
         writer.put_profiles(profiles, figures)
-        if measured:
-            info.facts["median_depth"] = float(np.median(depth))
-            info.facts["counts"] = int(found.sum())
+        info.facts.update(quality.profile_summary(figures))
         writer.close(info, target)
     return target
 
@@ -157,10 +155,10 @@ def _put_image(
     grid = slides.Grid.over(slide, info.tile_um / info.mpp)
     grid.check(slide, row.image, config.max_tiles, config.max_px_per_byte)
     overview = tissue.read_overview(slide, grid)
-    shares = overview.shares(tissue.tissue_mask(overview.rgb))
+    shares = overview.shares(tissue.tissue_mask(overview.rgb, overview.px_px0 * info.mpp, overview.glass))
     places = _kept_places(shares, profiles, info.tile_um, config)
     writer.put_tiles(_tiles(slide, grid, places, shares, config, info.facts))
-    writer.put_overview(b"", b"")
+    writer.put_overview(overview.jpeg(), b"")
     return shares
 
 
