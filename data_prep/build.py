@@ -9,6 +9,7 @@ slides failed, 2 for wrong usage.
 
 import argparse
 import functools
+import math
 import os
 import resource
 import sys
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep import inputs, manifest, records, workers
+from data_prep import inputs, manifest, progress, records, workers
 from data_prep.manifest import ManifestRow
 from data_prep.one_slide import build_slide
 from data_prep.records import Record
@@ -28,6 +29,7 @@ from storm.config import PrepConfig, load
 
 # What a damaged or wrong input raises; anything else is a fault of ours, and is told as such.
 INPUT_ERRORS = (ValueError, OSError, EOFError, zlib.error)
+_STATES = ("built", "current", "failed")
 
 
 def _made(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | None) -> tuple[Record, bool]:
@@ -44,8 +46,16 @@ def _made(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | No
     return Record(
         row.slide_id, "built", fingerprint=mark, inputs=found, bytes=path.stat().st_size,
         sha256=files.sha256_file(path), seconds=round(time.perf_counter() - start, 3),
-        peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1), cost=_cost(path),
     ), True  # fmt: skip
+
+
+def _cost(path: Path) -> dict[str, float]:
+    """What a store's time and bytes went into; `grid` is the number of tiles that cover the slide."""
+    info = store.SlideStore(path).info
+    tile_px0 = info.tile_um / info.mpp
+    grid = math.ceil(info.width_px0 / tile_px0) * math.ceil(info.height_px0 / tile_px0) if info.image else 0
+    return {name: float(info.facts.get(name, 0)) for name in ("tiles", "profiles", "counts")} | {"grid": float(grid)}
 
 
 def _without_folders(text: str, row: ManifestRow, folder: Path, config: PrepConfig) -> str:
@@ -104,14 +114,31 @@ def build(
 ) -> list[tuple[Record, bool]]:
     """Build every slide that is not current, and print a line for each; (record, whether it was built just now)."""
     folder.mkdir(parents=True, exist_ok=True)
+    files.sweep(folder)
     work = functools.partial(attempt, folder=folder, config=config, scratch=scratch)
     done = []
     died = functools.partial(_died, folder=folder)
     answers: Iterator[tuple[Record, bool]] = workers.run(rows, work, died, processes)
-    for record, new in answers:
-        print(_line(record, new, folder), flush=True)
-        done.append((record, new))
+    with progress.Progress(len(rows)) as shown:
+        for record, new in answers:
+            shown.step(_line(record, new, folder))
+            done.append((record, new))
     return done
+
+
+def _end_table(rows: Sequence[ManifestRow], done: Sequence[tuple[Record, bool]]) -> str:
+    """How many slides of each platform were built, were current or failed, and what is in their stores."""
+    platform = {row.slide_id: row.platform for row in rows}
+    names = sorted(set(platform.values()))
+    lines = []
+    for name in [*names, "all"] if len(names) > 1 else names:
+        mine = [(record, new) for record, new in done if name in ("all", platform[record.slide_id])]
+        states = [_state(record, new) for record, new in mine]
+        counted = [f"{sum(record.cost.get(key, 0) for record, _ in mine):.0f}" for key in ("tiles", "profiles")]
+        seconds = sum(record.seconds for record, new in mine if new)
+        lines.append([name, *(states.count(state) for state in _STATES), *counted,
+                      progress.size(sum(record.bytes for record, _ in mine)), f"{seconds:.1f}"])  # fmt: skip
+    return progress.table(["platform", *_STATES, "tiles", "profiles", "store", "seconds"], lines)
 
 
 def _died(row: ManifestRow, reason: str, folder: Path) -> tuple[Record, bool]:
@@ -164,10 +191,16 @@ def main(words: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     config = load(PrepConfig, args.config, args.overrides)
     rows = task_rows(manifest.read(args.manifest, args.root, config.split_by), args.plan, args.task)
+    start = time.monotonic()
     done = build(rows, args.store, config, max(1, min(args.workers, len(rows))), args.scratch)
+    print(f"\n{_end_table(rows, done)}\n")
+    failed = sorted((record.slide_id, record.reason) for record, _ in done if record.state == "failed")
+    if failed:
+        print("\n".join(["failed:", *(f"  {slide}: {reason}" for slide, reason in failed), ""]))
     states = [_state(record, new) for record, new in done]
-    print(f"{args.store}: " + ", ".join(f"{states.count(state)} {state}" for state in ("built", "current", "failed")))
-    return 1 if "failed" in states else 0
+    counts = ", ".join(f"{states.count(state)} {state}" for state in _STATES)
+    print(f"{args.store}: {counts}, in {progress.clock(time.monotonic() - start)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
