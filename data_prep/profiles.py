@@ -19,6 +19,7 @@ from storm import genes, schema
 from storm.config import PrepConfig
 
 _MAX_OUTSIDE = 0.05  # share of profiles that may lie beside the image before it is called the wrong image
+_POLYGONS = 1 << 16  # are turned into um at a time
 _MARGIN_UM = 200.0  # around the profiles of a measurement without an image
 
 
@@ -171,14 +172,19 @@ def _footprints(
     size = measured.footprint_um[rows].astype(np.float32)
     if measured.polygon_indptr is None or measured.polygon_xy is None:
         return size, np.zeros(len(rows) + 1, np.int64), np.zeros((0, 2), np.float32)
-    indptr, entries = schema.spans(measured.polygon_indptr, rows)
-    owner = np.repeat(np.arange(len(rows)), np.diff(indptr))
-    centre = align.apply(placed.matrix, measured.xy[rows])
-    around = (align.apply(placed.matrix, measured.polygon_xy[entries]) - centre[owner]) * placed.mpp.value
-    area = polygon_areas(indptr, around)
-    drawn = measured.footprint_kind[rows] == schema.POLYGON
-    size[drawn] = np.sqrt(4 / np.pi * area[drawn]).astype(np.float32)
-    return size, indptr, around.astype(np.float32)
+    length = np.diff(measured.polygon_indptr)[rows]
+    indptr = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
+    around = np.empty((indptr[-1], 2), np.float32)
+    for start in range(0, len(rows), _POLYGONS):
+        part = slice(start, start + _POLYGONS)
+        own, entries = schema.spans(measured.polygon_indptr, rows[part])
+        owner = np.repeat(np.arange(len(own) - 1), np.diff(own))
+        centre = align.apply(placed.matrix, measured.xy[rows[part]])
+        xy = (align.apply(placed.matrix, measured.polygon_xy[entries]) - centre[owner]) * placed.mpp.value
+        around[indptr[start] : indptr[start] + len(xy)] = xy
+        drawn = measured.footprint_kind[rows[part]] == schema.POLYGON
+        size[part] = np.where(drawn, np.sqrt(4 / np.pi * polygon_areas(own, xy)), size[part])
+    return size, indptr, around
 
 
 def polygon_areas(indptr: npt.NDArray[np.int64], xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
