@@ -10,7 +10,7 @@ import openslide
 import pytest
 from PIL import Image
 
-from data_prep import quality, slides
+from data_prep import slides
 from tests.data_prep.vendors import tissue, write_tiff
 
 
@@ -154,28 +154,3 @@ def test_a_handle_that_failed_is_opened_again(real_data: Path, monkeypatch: pyte
         with pytest.raises(slides.DecodeError, match=r"unreadable\.svs: does not decode at level-0 px \(0, 0\)"):
             slide.read(0, 0, 16, 16, 16)
     assert len(opened) == 1
-
-
-def test_tissue_map_and_sharpness(tmp_path: Path) -> None:
-    picture = tissue(640, 640)
-    slide = slides.open_slide(write_plain(tmp_path / "a.png", picture), 400)
-    shares = quality.tissue_map(slide, slides.Grid.over(slide, 32.0))
-    assert shares.shape == (20, 20)
-    assert shares[:, :10].min() > 0.9
-    assert shares[:, 10:].max() == 0
-    assert not quality.tissue_mask(np.zeros((4, 4, 3), np.uint8)).any()  # a black frame
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert quality.sharpness(noise) > 10 * quality.sharpness(cv2.GaussianBlur(noise, (0, 0), 2))
-
-
-def test_a_damaged_place_does_not_hide_its_neighbours(tmp_path: Path) -> None:
-    class Damaged(slides.PlainSlide):
-        def read(self, x_px0: int, y_px0: int, w_px0: int, h_px0: int, out_px: int) -> slides.Pixels:
-            if x_px0 <= 40 < x_px0 + w_px0 and y_px0 <= 40 < y_px0 + h_px0:
-                raise slides.DecodeError("damaged")
-            return super().read(x_px0, y_px0, w_px0, h_px0, out_px)
-
-    slide = Damaged(write_plain(tmp_path / "a.png", tissue(640, 640)), 400)
-    shares = quality.tissue_map(slide, slides.Grid.over(slide, 32.0))
-    assert np.argwhere(np.isnan(shares)).tolist() == [[1, 1]]
