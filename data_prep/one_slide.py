@@ -6,12 +6,12 @@ are streamed: memory does not grow with the slide.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 
-from data_prep import platforms, quality, slides, tissue
+from data_prep import fingerprints, outlines, platforms, quality, registration, slides, tissue
 from data_prep.manifest import IMAGE_ONLY, ManifestRow
 from data_prep.platforms import Measurement
 from data_prep.profiles import Placed, no_profiles, place, profiles_of
@@ -100,10 +100,14 @@ def _info(row: ManifestRow, placed: Placed, measured: Measurement | None, config
     )  # fmt: skip
 
 
-def _check_resolution(row: ManifestRow, mpp: float, config: PrepConfig) -> None:
+def check_resolution(row: ManifestRow, mpp: float, measured: Measurement | None, config: PrepConfig) -> None:
     if row.image and mpp > 1.01 * config.tile_mpp * config.max_upsampling:  # 1.0004 um/px is 1 um/px
-        raise ValueError(f"{row.image}: {mpp:.2f} um per pixel is too coarse for tiles of {config.tile_mpp} um per px; "
-                         "give the full-resolution image, or raise max_upsampling")  # fmt: skip
+        told = measured.reported_mpp if measured else None
+        why = f" (Space Ranger was given one of {told:.2f} um per px, as CytAssist's is: run it with the microscope's)"
+        raise ValueError(
+            f"{row.image}: {mpp:.2f} um per pixel is too coarse for tiles of {config.tile_mpp} um per px"
+            f"{why if told and told > 1 else ''}; give the full-resolution image, or raise max_upsampling"
+        )
 
 
 def build_slide(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | None = None) -> Path:
@@ -117,7 +121,7 @@ def build_slide(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Pat
     """
     slide, measured = _opened(row, config, scratch), _measured(row)
     placed = place(row, slide, measured, config)
-    _check_resolution(row, placed.mpp.value, config)
+    check_resolution(row, placed.mpp.value, measured, config)
     info = _info(row, placed, measured, config)
     info.facts.update({"slide": slide.facts if slide else {}, **placed.facts})
     profiles, counts = no_profiles(), None
@@ -126,16 +130,22 @@ def build_slide(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Pat
         info.facts.update(facts | {"notes": [*info.facts["notes"], *facts["notes"]]})
     target = store.store_path(folder, row.slide_id)
     with store.writing(folder, row.slide_id) as writer:
-        shares = _put_image(writer, row, slide, info, profiles, config)
-        depth, found = writer.put_counts(counts.blocks() if counts else [], counts.table if counts else _NO_GENES)
+        picture = _put_image(writer, row, slide, info, profiles, config)
+        table = counts.table if counts else _NO_GENES
+        sketch = fingerprints.ProfileSketch(table)
+        depth, found = writer.put_counts(sketch.watch(counts.blocks()) if counts else [], table)
         n = len(profiles)
         in_tissue = np.full(n, -1, np.int8)
         if measured and counts and measured.in_tissue is not None:
             in_tissue = measured.in_tissue[counts.rows]
         control = counts.control if counts else np.zeros(n, np.int64)
-        figures = quality.profile_quality(depth, found, control, in_tissue, _share_at(shares, profiles, info), config)
+        shares = _share_at(picture.shares, profiles, info)
+        figures = quality.profile_quality(depth, found, control, in_tissue, shares, config)
         writer.put_profiles(profiles, figures)
         info.facts.update(quality.profile_summary(figures))
+        info.facts["fingerprints"] = fingerprints.of_slide(picture.overview, picture.mask, sketch)
+        if measured and picture.overview:
+            _check_alignment(picture.overview, profiles, depth, info)
         writer.close(info, target)
     return target
 
@@ -143,23 +153,56 @@ def build_slide(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Pat
 _NO_GENES = genes.GeneTable((), ())
 
 
+def _check_alignment(
+    overview: tissue.Overview, profiles: schema.Profiles, depth: np.ndarray, info: store.SlideInfo
+) -> None:
+    found = registration.check(overview, info.mpp, profiles.xy_um, profiles.footprint_um, depth, profiles.area_um2)
+    info.facts["alignment_check"] = found
+    if found["note"]:
+        info.facts["notes"].append(found["note"])
+
+
+class _Picture(NamedTuple):
+    """What is seen of a whole slide."""
+
+    shares: np.ndarray  # [rows, cols] of tissue per tile of the grid; [0, 0] without an image
+    overview: tissue.Overview | None
+    mask: tissue.Mask | None  # of tissue, over the overview
+
+
 def _put_image(
     writer: store.Writer, row: ManifestRow, slide: slides.Slide | None, info: store.SlideInfo,
     profiles: schema.Profiles, config: PrepConfig,
-) -> np.ndarray:  # fmt: skip
-    """Write tiles and overview; returns the share of tissue per tile of the grid, [0, 0] without an image."""
+) -> _Picture:  # fmt: skip
+    """Write tiles, overview and the outlines of the tissue."""
     if slide is None or row.image is None:
         writer.put_tiles([])
         writer.put_overview(b"", b"")
-        return np.zeros((0, 0), np.float32)
+        return _Picture(np.zeros((0, 0), np.float32), None, None)
     grid = slides.Grid.over(slide, info.tile_um / info.mpp)
     grid.check(slide, row.image, config.max_tiles, config.max_px_per_byte)
     overview = tissue.read_overview(slide, grid)
-    shares = overview.shares(tissue.tissue_mask(overview.rgb, overview.px_px0 * info.mpp, overview.glass))
+    mask, drawn = _tissue(row, overview, info)
+    shares = overview.shares(mask)
     places = _kept_places(shares, profiles, info.tile_um, config)
     writer.put_tiles(_tiles(slide, grid, places, shares, config, info.facts))
-    writer.put_overview(overview.jpeg(), b"")
-    return shares
+    writer.put_overview(overview.jpeg(), outlines.dump(drawn))
+    return _Picture(shares, overview, mask)
+
+
+def _tissue(
+    row: ManifestRow, overview: tissue.Overview, info: store.SlideInfo
+) -> tuple[tissue.Mask, list[outlines.Polygon]]:
+    """The tissue as a mask over the overview and as outlines: the user's own, else ours."""
+    if row.tissue:
+        drawn = outlines.read(row.tissue, overview.size_px0)
+        mask = outlines.to_mask(drawn, overview.px_px0, overview.rgb.shape[:2])
+    else:
+        mask = tissue.tissue_mask(overview.rgb, overview.px_px0 * info.mpp, overview.glass)
+        drawn = outlines.from_mask(mask, overview.px_px0, overview.size_px0)
+    info.facts["tissue_source"] = "manifest" if row.tissue else "own"
+    info.facts["tissue_mm2"] = round(float(mask.sum()) * (overview.px_px0 * info.mpp / 1000) ** 2, 3)
+    return mask, drawn
 
 
 def _share_at(shares: np.ndarray, profiles: schema.Profiles, info: store.SlideInfo) -> np.ndarray:

@@ -104,20 +104,24 @@ def open_matrix(path: Path) -> Matrix:
     Raises:
         ValueError: it is damaged, of another form, of several genomes, or its parts do not fit each other.
     """
-    found = _open_mex(path) if path.is_dir() else _open_h5(path)
+    return _open_mex(path) if path.is_dir() else _open_h5(path)
+
+
+def _fitting(found: Matrix, entries: int) -> Matrix:
+    """The matrix itself. Raises ValueError where its arrays contradict each other: one would read beside them."""
     indptr, features, barcodes = found.indptr, len(found.names), len(found.barcodes)
     faults = {
         f"{features} ids, {len(found.symbols)} names and {len(found.types)} types of features": (
             not features == len(found.symbols) == len(found.types)
         ),
         f"indptr has {len(indptr)} numbers for {barcodes} barcodes": len(indptr) != barcodes + 1,
-        "indptr does not rise from 0": (
-            not len(indptr) or indptr[0] != 0 or bool((np.diff(indptr) < 0).any())
+        f"indptr does not rise from 0 to {entries}": (
+            not len(indptr) or indptr[0] != 0 or indptr[-1] != entries or bool((np.diff(indptr) < 0).any())
         ),
-    }  # fmt: skip
+    }
     for fault, met in faults.items():
         if met:
-            raise unsound(path, fault)
+            raise unsound(found.path, fault)
     return found
 
 
@@ -186,13 +190,11 @@ def _open_h5(path: Path) -> Matrix:
             entries, counts = _length(group, "indices", "iu"), _length(group, "data", "iuf")
             if entries != counts:
                 raise unsound(path, f"{entries} indices for {counts} counts")
-            if len(indptr) and indptr[-1] != counts:
-                raise unsound(path, f"indptr does not rise from 0 to {counts}")
             keys = {"software": "software_version", "chemistry": "chemistry_description"}
             facts = {name: _fact(root.attrs[key]) for name, key in keys.items() if key in root.attrs}
-            return Matrix(
-                path, _strings(group["barcodes"]), names, symbols, types, indptr, lambda: _h5_span(path), facts
-            )
+            barcodes = _strings(group["barcodes"])
+            found = Matrix(path, barcodes, names, symbols, types, indptr, lambda: _h5_span(path), facts)
+            return _fitting(found, counts)
     except _DAMAGE as error:
         raise _unreadable(path, error) from error
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.platforms import Measurement, Source, outlines, spaceranger, tenx, visium
+from data_prep.platforms import Measurement, Source, segmented, spaceranger, tenx, visium
 from data_prep.platforms.found import OUTS, maybe, one
 from storm.schema import POLYGON, SQUARE
 
@@ -163,7 +163,7 @@ def _read_bins(found: _Files) -> Measurement:
 
 def _read_cells(source: Source, found: _Files) -> Measurement:
     assert found.outlines is not None
-    matrix, cells = tenx.open_matrix(found.matrix), outlines.read(found.outlines)
+    matrix, cells = tenx.open_matrix(found.matrix), segmented.read(found.outlines)
     place = spaceranger.join(matrix, cells.positions, found.outlines)
     rows = np.flatnonzero(place >= 0)
     kinds, notes = spaceranger.measured_kinds(matrix, found.probes)
