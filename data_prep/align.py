@@ -7,6 +7,7 @@ or the refusal that their disagreement calls for.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +98,13 @@ class Alignment:
     source: str  # file or key points
     points: int = 0  # key points that were fitted
     residual_px0: float | None = None  # rms distance of the key points after the fit
+
+    def residual(self) -> tuple[dict[str, Any], list[str]]:
+        """(facts, notes) of the fit; none of a matrix that a file gives."""
+        if self.residual_px0 is None:
+            return {}, []
+        facts = {"key_points": {"points": self.points, "residual_px0": round(self.residual_px0, 3)}}
+        return facts, [f"aligned by {self.points} key points, {self.residual_px0:.1f} px (rms) off"]
 
 
 _KEY_POINTS = ("fixedX", "fixedY", "alignmentX", "alignmentY")

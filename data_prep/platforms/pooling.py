@@ -16,7 +16,7 @@ from storm.schema import CountBlock
 
 _PENDING = 1 << 22  # keys that wait before equal ones are joined
 _BLOCK_MOLECULES = 1 << 23  # of one pass over the file
-_OFFSET = 1 << 31  # makes numbers of squares positive
+_OFFSET = 1 << 30  # makes numbers of squares positive; two of them fit into one of 63 bits
 
 
 class Molecules(NamedTuple):

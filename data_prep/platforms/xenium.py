@@ -35,6 +35,7 @@ from storm import genes, schema
 MIN_QV = 20.0  # the vendor's own limit for transcripts that count
 UNKNOWN_CELL_UM = 10.0  # diameter of a cell of which neither polygon nor area is known
 _CURE = "give the folder that the Xenium instrument or Xenium Ranger wrote"
+_STRANGE_GENES = 0.05  # share of the transcripts' genes that the matrix may lack before it is called another run's
 _PIXEL_RANGE = (0.05, 2.0)
 _FACTS = ("analysis_sw_version", "panel_name")  # of experiment.xenium; all else may name people, runs and machines
 _CELLS = ("cells.parquet", "cells.csv.gz", "cells.csv")
@@ -139,11 +140,8 @@ def _aligned(path: Path | None, space_um: float) -> tuple[align.Matrix | None, s
         return None, "none", {}, []
     told = align.read_alignment(path, from_slide=True)
     notes = align.check_scale(told.matrix, space_um, path)
-    facts: dict[str, Any] = {}
-    if told.residual_px0 is not None:
-        facts["key_points"] = {"points": told.points, "residual_px0": round(told.residual_px0, 3)}
-        notes.append(f"aligned by {told.points} key points, {told.residual_px0:.1f} px (rms) off")
-    return told.matrix, told.source, facts, notes
+    facts, more = told.residual()
+    return told.matrix, told.source, facts, notes + more
 
 
 def _turn(matrix: align.Matrix) -> float:
@@ -244,25 +242,38 @@ class _Panel:
         self.symbols = list(matrix.symbols) if matrix else []
         kinds = matrix.kinds.tolist() if matrix else []
         self._column = {symbol: k for k, symbol in reversed(list(enumerate(self.symbols)))}
-        self._is_gene = ["is_gene"] if "is_gene" in tabular.header(path) else []
-        low = total = 0
-        for batch in tabular.batches(path, ("qv", *self._is_gene), ("feature_name",)):
-            low, total = low + int((batch.numbers["qv"] < MIN_QV).sum()), total + len(batch.numbers["qv"])
-            word = batch.words["feature_name"]
-            told = (
-                dict(zip(word.code.tolist(), batch.numbers["is_gene"].tolist(), strict=True)) if self._is_gene else {}
+        self.notes: list[str] = []
+        named = self._named()
+        strange = [name for name, is_gene in named.items() if is_gene and name not in self._column]
+        if matrix and len(strange) > _STRANGE_GENES * max(1, sum(named.values())):
+            raise ValueError(
+                f"{matrix.path}: lacks {len(strange)} of the {sum(named.values())} genes of {path.name} (as "
+                f"{strange[0]!r}); give files of one run, or remove it"
             )
-            for code, name in enumerate(word.names):
-                if name not in self._column:
-                    self._column[name] = len(self.names)
-                    self.names.append(name)
-                    self.symbols.append(name)
-                    kinds.append(CONTROL if genes.is_control(name) or told.get(code) == 0 else GENE)
-        # Names that measure no RNA, as antibodies, are no molecules.
+        for name, is_gene in named.items():
+            if name not in self._column:
+                self._column[name] = len(self.names)
+                self.names.append(name)
+                self.symbols.append(name)
+                kinds.append(GENE if is_gene else CONTROL)
         self.column_kind = np.array(kinds, np.uint8)
-        self.notes = [f"{low} of {total} transcripts have a qv under {MIN_QV:.0f} and are left out"] if low else []
         if matrix is None:
             self.notes.append("no cell_feature_matrix.h5: the panel is the genes that the transcripts name")
+
+    def _named(self) -> dict[str, bool]:
+        """Every name among the transcripts, of whatever qv, and whether it is that of a gene."""
+        told = ["is_gene"] if "is_gene" in tabular.header(self.path) else []
+        found_: dict[str, bool] = {}
+        low = total = 0
+        for batch in tabular.batches(self.path, ("qv", *told), ("feature_name",)):
+            low, total = low + int((batch.numbers["qv"] < MIN_QV).sum()), total + len(batch.numbers["qv"])
+            word = batch.words["feature_name"]
+            genes_ = np.zeros(len(word.names), bool)
+            genes_[word.code[batch.numbers["is_gene"] == 1] if told else slice(None)] = True
+            for name, is_gene in zip(word.names, genes_.tolist(), strict=True):
+                found_[name] = is_gene and not genes.is_control(name)
+        self.notes += [f"{low} of {total} transcripts have a qv under {MIN_QV:.0f} and are left out"] if low else []
+        return found_
 
     def stream(self, low_um: float, high_um: float) -> Iterator[pooling.Molecules]:
         """The transcripts that count. Raises ValueError where one has no place."""
@@ -273,5 +284,6 @@ class _Panel:
             xy = np.column_stack([batch.numbers["x_location"], batch.numbers["y_location"]])
             if not np.isfinite(xy).all():
                 raise ValueError(f"{self.path}: a transcript has no place; restore the file")
+            # Names that measure no RNA, as antibodies, are no molecules.
             good = (batch.numbers["qv"] >= MIN_QV) & (self.column_kind[column] != OTHER)
             yield pooling.Molecules(xy[good], column[good])
