@@ -61,7 +61,7 @@ def _cost(path: Path) -> dict[str, float]:
 def _without_folders(text: str, row: ManifestRow, folder: Path, config: PrepConfig) -> str:
     """An error's text for a file that may be shared: the folders of this machine are cut off its paths."""
     aliases = Path(config.aliases) if config.aliases else None
-    for path in (row.image, row.measurement, row.spots, row.alignment, aliases, folder / "x", folder):
+    for path in (row.image, row.measurement, row.spots, row.alignment, row.tissue, aliases, folder / "x", folder):
         if path and path.parent != Path():
             text = text.replace(f"{path.parent}{os.sep}", "")
     return text

@@ -35,7 +35,7 @@ def files_of(row: ManifestRow, config: PrepConfig) -> list[Path]:
     if config.aliases:
         genes.read_aliases(Path(config.aliases))
         found.append(Path(config.aliases))
-    found += [row.alignment] if row.alignment else []
+    found += [path for path in (row.alignment, row.tissue) if path]
     found = list(dict.fromkeys(found))
     for path in found:
         if not path.is_file():

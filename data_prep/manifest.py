@@ -7,7 +7,8 @@ In: a csv or parquet file, one row per section. Out: `ManifestRow`s with resolve
 every fault of the file with its line, its column and its cure.
 
     required    slide_id image measurement platform donor study organ species
-    optional    format unit spots mpp space_um alignment split section assume_aligned license use_terms
+    optional    format unit spots mpp space_um alignment split section assume_aligned tissue license
+                use_terms
 
 `platform` is st, visium, visium_hd, xenium, cosmx, or image (H&E alone, `measurement` left blank); a blank `image` is
 expression alone. `format` says in whose files the measurement lies where they are not the vendor's: hest, h5ad or
@@ -30,8 +31,8 @@ from storm.presets import nearest
 
 REQUIRED = ("slide_id", "image", "measurement", "platform", "donor", "study", "organ", "species")
 OPTIONAL = (
-    "format", "unit", "spots", "mpp", "space_um", "alignment", "split", "section", "assume_aligned", "license",
-    "use_terms",
+    "format", "unit", "spots", "mpp", "space_um", "alignment", "split", "section", "assume_aligned", "tissue",
+    "license", "use_terms",
 )  # fmt: skip
 SPECIES = ("human", "mouse")
 IMAGE_ONLY = "image"
@@ -64,6 +65,7 @@ class ManifestRow:
     format: str = ""
     unit: str = ""
     space_um: float | None = None
+    tissue: Path | None = None
 
     @property
     def source(self) -> Source | None:
@@ -176,7 +178,7 @@ class _Reader:
             == "true",
             license=self.text("license"), use_terms=self.text("use_terms"),
             format=self.one_of("format", self.text("format"), FORMATS), unit=self.unit(),
-            space_um=self.length_um("space_um", "unit of the measurement", SPACE_RANGE),
+            tissue=self.path("tissue"), space_um=self.length_um("space_um", "unit of the measurement", SPACE_RANGE),
         )  # fmt: skip
 
 
