@@ -1,4 +1,4 @@
-"""A throw-away SLURM on this machine: munged, slurmctld and one slurmd, without systemd and nothing of it outside a folder.
+"""A throw-away SLURM on this machine: munged, slurmctld and one slurmd, without systemd, all of it in one folder.
 
 In: an empty folder with a short path. Out: a cluster that jobs are sent to, and what became of them.
 """
@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo", "setpriv")
 MAX_ARRAY = 4
-_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+_PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _SETTINGS = """
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -95,9 +96,8 @@ class Cluster:
         host = os.uname().nodename.split(".")[0]
         controller, node = _free_ports(2)
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-        (self.root / "slurm.conf").write_text(
-            _SETTINGS.format(host=host, controller=controller, node=node, user=user, root=self.root, max_array=MAX_ARRAY)
-        )
+        facts = {"host": host, "controller": controller, "node": node, "user": user, "root": self.root}
+        (self.root / "slurm.conf").write_text(_SETTINGS.format(**facts, max_array=MAX_ARRAY))
         clean = {k: v for k, v in os.environ.items() if not re.match(r"SLURM|SBATCH|SALLOC|STORM_(?!TEST)", k)}
         self.env = clean | {"PATH": _PATH, "SLURM_CONF": str(self.root / "slurm.conf")}
         own = ["--key-file", str(key), "--pid-file", str(self.root / "munge.pid"), "--socket",
@@ -111,9 +111,7 @@ class Cluster:
     def _daemon(self, name: str, *words: str) -> None:
         command = ["setpriv", "--pdeathsig", "TERM", name, *words]  # it ends with the tests, also where they are killed
         with (self.root / f"{name}.log").open("wb") as log:
-            self.daemons.append(
-                subprocess.Popen(command, stdout=log, stderr=log, env=self.env, start_new_session=True)
-            )
+            self.daemons.append(subprocess.Popen(command, stdout=log, stderr=log, env=self.env, start_new_session=True))
 
     def stop(self) -> None:
         """End all jobs and then the daemons, the last started first."""
