@@ -19,7 +19,8 @@ Mask = npt.NDArray[np.bool_]
 Ring = npt.NDArray[np.float64]  # [V, 2] x, y in level-0 px, its last point not repeated
 Polygon = list[Ring]  # the outline, then its holes
 
-_TOLERANCE_PX = 0.75  # of the overview, by which a simplified outline may leave the mask
+_TOLERANCE_PX = 0.7  # of the overview, by which a simplified outline may leave the mask
+_FINER = 2
 _PROPERTIES = {"objectType": "annotation", "classification": {"name": "Tissue", "color": [150, 60, 170]}}
 _MAX_BYTES = 256 << 20  # of a file: more is no outline of tissue
 _FRACTION = 4  # bits below one px when drawing
@@ -33,18 +34,28 @@ def from_mask(mask: Mask, px_px0: float, size_px0: tuple[int, int]) -> list[Poly
         mask: over an overview of `px_px0` level-0 px per px.
         size_px0: width and height of the slide; no outline leaves it.
     """
-    # Corners of px that touch tissue: their outline runs along the edges of the px, not through the middles.
-    corners = cv2.dilate(np.pad(mask, 1).astype(np.uint8), np.ones((2, 2), np.uint8), anchor=(1, 1))
-    found, tree = cv2.findContours(corners, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    fine = _without_touching(mask)
+    found, tree = cv2.findContours(fine, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     polygons: dict[int, Polygon] = {}
     for number, contour in enumerate(found):
-        simple = cv2.approxPolyDP(contour, _TOLERANCE_PX, True)
-        ring = ((simple if len(simple) > 2 else contour)[:, 0] - 1.0) * px_px0
-        parent = tree[0][number][3]
+        ring = (cv2.approxPolyDP(contour, _TOLERANCE_PX * _FINER, True)[:, 0] + 0.5) / _FINER * px_px0
+        outline = tree[0][number][3]
         if len(ring) > 2:
-            ring = np.rint(np.clip(ring, 0, size_px0))
-            polygons.setdefault(int(number if parent < 0 else parent), []).append(ring)
+            polygons.setdefault(int(number if outline < 0 else outline), []).append(np.clip(ring, 0, size_px0))
     return [polygons[number] for number in sorted(polygons)]
+
+
+def _without_touching(mask: Mask) -> npt.NDArray[np.uint8]:
+    """A mask on px half as wide whose outlines stay two tolerances apart: a ring that touches itself is no polygon."""
+    opened = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
+    fine = cv2.resize(opened, None, fx=_FINER, fy=_FINER, interpolation=cv2.INTER_NEAREST)
+    while True:  # px that meet at a corner alone are joined
+        one, two, three, four = fine[:-1, :-1], fine[:-1, 1:], fine[1:, :-1], fine[1:, 1:]
+        corners = (one == four) & (two == three) & (one != two)
+        if not corners.any():
+            return fine
+        for part in (one, two, three, four):
+            part[corners] = 1
 
 
 def _area(ring: Ring) -> float:
@@ -65,7 +76,7 @@ def dump(polygons: list[Polygon]) -> bytes:
 
 
 def _closed(ring: Ring, hole: bool) -> list[list[float]]:
-    turned = ring if (_area(ring) > 0) != hole else ring[::-1]
+    turned = np.round(ring if (_area(ring) > 0) != hole else ring[::-1], 1)
     return [*turned.tolist(), turned[0].tolist()]
 
 
