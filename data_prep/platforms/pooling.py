@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.platforms import GENE, Rows
+from data_prep.platforms import GENE, Rows, row_blocks
 from storm.schema import CountBlock
 
 _PENDING = 1 << 22  # keys that wait before equal ones are joined
-_BLOCK_MOLECULES = 1 << 23  # of one pass over the file
+_PASS_MOLECULES = 1 << 23  # of one pass over the file
 _OFFSET = 1 << 30  # makes numbers of squares positive; two of them fit into one of 63 bits
 
 
@@ -34,7 +34,8 @@ class _Tally:
     """How often each key came, without keeping every key that came."""
 
     def __init__(self) -> None:
-        self.key, self.count = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self.key: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self.count: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self._pending: list[npt.NDArray[np.int64]] = []
         self._waiting = 0
 
@@ -48,9 +49,13 @@ class _Tally:
         """Bring `key` (ascending) and `count` up to date."""
         new, count = np.unique(np.concatenate([*self._pending, np.zeros(0, np.int64)]), return_counts=True)
         self._pending, self._waiting = [], 0
-        key, place = np.unique(np.concatenate([self.key, new]), return_inverse=True)
-        self.count = np.bincount(place, np.concatenate([self.count, count]), len(key)).astype(np.int64)
-        self.key = key
+        key = np.concatenate([self.key, new])
+        count = np.concatenate([self.count, count.astype(np.int32)])
+        order = np.argsort(key, kind="stable")  # two ascending parts, which this kind of sorting merges
+        key, count = key[order], count[order]
+        first = np.flatnonzero(np.diff(key, prepend=-1))
+        self.key = key[first]
+        self.count = np.add.reduceat(count, first, dtype=np.int32) if len(first) else count
 
 
 def _keys(xy_um: npt.NDArray[np.float64], side_um: float) -> npt.NDArray[np.int64]:
@@ -65,7 +70,7 @@ class Squares:
 
     side_um: float
     key: npt.NDArray[np.int64]  # [N] ascending
-    molecules: npt.NDArray[np.int64]  # [N] of genes
+    molecules: npt.NDArray[np.int32]  # [N] of genes
     columns: int
     stream: Stream
 
@@ -81,12 +86,16 @@ class Squares:
 
     def counts(self, rows: Rows) -> Iterator[CountBlock]:
         """The counts of the squares at ascending `rows`; a pass over the file for each 8 million molecules."""
-        running = np.cumsum(self.molecules[rows])
+        running = np.cumsum(self.molecules[rows], dtype=np.int64)
         start = 0
         while start < len(rows):
             before = running[start - 1] if start else 0
-            end = max(start + 1, int(np.searchsorted(running, before + _BLOCK_MOLECULES, side="right")))
-            yield self._block(self.key[rows[start:end]])
+            end = max(start + 1, int(np.searchsorted(running, before + _PASS_MOLECULES, side="right")))
+            indptr, gene, count = self._block(self.key[rows[start:end]])
+            for part in row_blocks(indptr, np.arange(end - start)):
+                own = indptr[part[0] : part[-1] + 2]
+                entries = slice(own[0], own[-1])
+                yield CountBlock(own - own[0], gene[entries], count[entries])
             start = end
 
     def _block(self, key: npt.NDArray[np.int64]) -> CountBlock:
@@ -100,7 +109,7 @@ class Squares:
         found.join()
         square, column = np.divmod(found.key, self.columns)
         indptr = np.searchsorted(square, np.arange(len(key) + 1)).astype(np.int64)
-        return CountBlock(indptr, column.astype(np.int32), found.count.astype(np.int32))
+        return CountBlock(indptr, column.astype(np.int32), found.count)
 
 
 def squares(stream: Stream, side_um: float, column_kind: npt.NDArray[np.uint8]) -> Squares:
