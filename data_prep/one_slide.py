@@ -103,10 +103,14 @@ def _info(row: ManifestRow, placed: Placed, measured: Measurement | None, config
 def check_resolution(row: ManifestRow, mpp: float, measured: Measurement | None, config: PrepConfig) -> None:
     if row.image and mpp > 1.01 * config.tile_mpp * config.max_upsampling:  # 1.0004 um/px is 1 um/px
         told = measured.reported_mpp if measured else None
-        why = f" (Space Ranger was given one of {told:.2f} um per px, as CytAssist's is: run it with the microscope's)"
+        why = ""
+        if told and told > 1:
+            why = (
+                f" (Space Ranger was given {told:.2f} um per px, as CytAssist has: run it with the microscope's image)"
+            )
         raise ValueError(
-            f"{row.image}: {mpp:.2f} um per pixel is too coarse for tiles of {config.tile_mpp} um per px"
-            f"{why if told and told > 1 else ''}; give the full-resolution image, or raise max_upsampling"
+            f"{row.image}: {mpp:.2f} um per pixel is too coarse for tiles of {config.tile_mpp} um per px{why}; "
+            "give the full-resolution image, or raise max_upsampling"
         )
 
 
