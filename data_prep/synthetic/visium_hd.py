@@ -154,7 +154,7 @@ def write_cells(folder: Path, section: Section, mean_genes: float, gene_count: i
 
 
 def _stained(section: Section, seed: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """The tiles of an H&E, row by row: pink with violet dots on the bins, glass around them."""
+    """The tiles of an H&E, row by row: pink stroma, redder glands, violet dots on the bins, glass around them."""
     rng = np.random.default_rng([seed, 1])
     side = section.side_px
     margin = _MARGIN_UM / section.mpp
@@ -162,9 +162,11 @@ def _stained(section: Section, seed: int) -> Iterator[npt.NDArray[np.uint8]]:
         for left in range(0, side, _TILE_PX):
             y, x = np.ogrid[top : top + _TILE_PX, left : left + _TILE_PX]
             on = (np.minimum(x, y) > margin) & (np.maximum(x, y) < side - margin)
-            dots = (np.sin(x * section.mpp * 0.8) * np.sin(y * section.mpp * 0.7) > 0.6) & on
+            um = x * section.mpp, y * section.mpp
+            glands = (np.sin(um[0] * 0.11) * np.sin(um[1] * 0.13) > 0) & on
+            dots = (np.sin(um[0] * 0.8) * np.sin(um[1] * 0.7) > 0.6) & on
             tile = np.full((_TILE_PX, _TILE_PX, 3), 243, np.int16)
-            tile[on], tile[dots] = (222, 150, 190), (110, 70, 150)
+            tile[on], tile[glands], tile[dots] = (222, 150, 190), (190, 90, 150), (110, 70, 150)
             yield (tile + rng.integers(-8, 9, (_TILE_PX, _TILE_PX, 1))).clip(0, 255).astype(np.uint8)
 
 

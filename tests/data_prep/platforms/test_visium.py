@@ -303,7 +303,7 @@ def test_exchanged_axes_put_spots_off_an_image_that_is_no_square(tmp_path: Path)
 def test_the_cytassist_image_is_told_as_the_cause_of_coarse_pixels(tmp_path: Path) -> None:
     image = write_tiff(tmp_path / "cytassist_image.tif", tissue(400, 400), mpp=4.6)
     outs = write_visium(tmp_path / "outs", mpp=4.6)
-    with pytest.raises(ValueError, match=r"4\.60 um per pixel is too coarse .*given one of 4\.60 um per px, as CytAss"):
+    with pytest.raises(ValueError, match=r"4\.60 um per pixel is too coarse .*was given 4\.60 um per px, as CytAss"):
         build_slide(row_of(outs, image), tmp_path / "stores", PrepConfig())
     assert build_slide(row_of(outs), tmp_path / "stores", PrepConfig()).is_file()  # expression alone
 
