@@ -105,9 +105,7 @@ def check_resolution(row: ManifestRow, mpp: float, measured: Measurement | None,
         told = measured.reported_mpp if measured else None
         why = ""
         if told and told > 1:
-            why = (
-                f" (Space Ranger was given {told:.2f} um per px, as CytAssist has: run it with the microscope's image)"
-            )
+            why = f" (Space Ranger was given {told:.2f} um per px, as CytAssist has: run it with the full image)"
         raise ValueError(
             f"{row.image}: {mpp:.2f} um per pixel is too coarse for tiles of {config.tile_mpp} um per px{why}; "
             "give the full-resolution image, or raise max_upsampling"
