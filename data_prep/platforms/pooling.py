@@ -47,10 +47,10 @@ class _Tally:
 
     def join(self) -> None:
         """Bring `key` (ascending) and `count` up to date."""
-        new, count = np.unique(np.concatenate([*self._pending, np.zeros(0, np.int64)]), return_counts=True)
+        new, times = np.unique(np.concatenate([*self._pending, np.zeros(0, np.int64)]), return_counts=True)
         self._pending, self._waiting = [], 0
         key = np.concatenate([self.key, new])
-        count = np.concatenate([self.count, count.astype(np.int32)])
+        count = np.concatenate([self.count, times.astype(np.int32)]).astype(np.int32, copy=False)
         order = np.argsort(key, kind="stable")  # two ascending parts, which this kind of sorting merges
         key, count = key[order], count[order]
         first = np.flatnonzero(np.diff(key, prepend=-1))
