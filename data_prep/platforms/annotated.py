@@ -243,7 +243,7 @@ def _indptr(root: Any, path: Path, name: str, lines: int) -> npt.NDArray[np.int6
         if getattr(found, "ndim", 0) != 1 or found.dtype.kind not in kinds:
             raise KeyError(f"{name}/{part} is no list of numbers")
     indptr = node(root, f"{name}/indptr")[...].astype(np.int64)
-    entries, columns = (len(node(root, f"{name}/{part}")) for part in ("data", "indices"))
+    entries, columns = (node(root, f"{name}/{part}").shape[0] for part in ("data", "indices"))
     sound = len(indptr) == lines + 1 and indptr[0] == 0 and indptr[-1] == entries == columns
     if not sound or (np.diff(indptr) < 0).any():
         raise ValueError(f"{path}: {name} is no sound matrix (indptr, indices and data do not fit each other); write "
