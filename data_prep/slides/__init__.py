@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_prep.slides import reference, tiff, whole
 from data_prep.slides.base import DecodeError, Grid, Pixels, Slide, files_of
-from data_prep.slides.segments import UnusualError
+from data_prep.slides.segments import InOnePieceError, UnusualError
 
 __all__ = ["DecodeError", "Grid", "Pixels", "Slide", "files_of", "open_slide"]
 _SEGMENTED = ("aperio", "generic-tiff")  # OpenSlide's formats that are one plain TIFF
@@ -27,16 +27,31 @@ def open_slide(path: Path, max_image_mpx: int, scratch: Path | None = None) -> S
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such image; correct the manifest")
-    vendor, is_tiff = reference.vendor(path), tiff.is_tiff(path)
-    try:
-        if is_tiff and (vendor is None or (vendor in _SEGMENTED and tiff.is_ome(path))):
-            return tiff.of_series(path)
-    except UnusualError:
-        pass  # the readers below know more of the formats, and say what is wrong
+    vendor = reference.vendor(path)
+    if tiff.is_tiff(path) and (vendor is None or (vendor in _SEGMENTED and tiff.is_ome(path))):
+        slide = _tiff(path)
+        if slide:
+            return slide
     if vendor is None:
         return whole.open_whole(path, max_image_mpx, scratch)
-    slide = reference.ReferenceSlide(path)
+    found = reference.ReferenceSlide(path)
     try:
-        return tiff.like_reference(slide) if vendor in _SEGMENTED else slide
+        return tiff.like_reference(found) if vendor in _SEGMENTED else found
     except UnusualError:
-        return slide
+        return found
+
+
+def _tiff(path: Path) -> Slide | None:
+    """A TIFF of which OpenSlide reads nothing, or a part; None: the other readers know it, or say what is wrong.
+
+    Raises:
+        ValueError: an OME-TIFF of something else than colours, of which another reader would show the first channel.
+    """
+    try:
+        return tiff.of_series(path)
+    except InOnePieceError:
+        return None
+    except UnusualError as error:
+        if tiff.is_ome(path):
+            raise ValueError(f"{path}: {error}; convert the image to 8-bit RGB") from error
+        return None

@@ -90,7 +90,7 @@ class ReferenceSlide(Pyramid):
         properties = dict(handle.properties)
         self.levels = tuple(Level.of(size, handle.dimensions) for size in handle.level_dimensions)
         self.tile_sizes = [
-            tuple(properties.get(f"openslide.level[{i}].tile-{side}") for side in ("width", "height"))
+            tuple(int(properties.get(f"openslide.level[{i}].tile-{side}", 0)) for side in ("width", "height"))
             for i in range(len(self.levels))
         ]
         self._downsamples = tuple(handle.level_downsamples)

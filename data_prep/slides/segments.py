@@ -39,6 +39,10 @@ class UnusualError(Exception):
     """A TIFF that another reader must read, and why."""
 
 
+class InOnePieceError(UnusualError):
+    """A TIFF that cannot be read in parts."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """One level: its size, the grid of its segments, and how they are coded."""
@@ -98,12 +102,14 @@ def layout_of(pages: Sequence[Any]) -> Layout:
     photometric, codec = int(page.photometric), int(page.compression)
     if planes not in (1, 3) or photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _YCBCR):
         raise UnusualError(f"{planes} planes, photometric {photometric}")
+    if codec == JPEG and samples not in (1, 3):
+        raise UnusualError(f"JPEG of {samples} samples")
     if codec not in (JPEG, *_J2K, *_RAW) or (photometric == _YCBCR and codec in _RAW):
         raise UnusualError(f"compression {codec}")
     height, width = page.imagelength, page.imagewidth
     side = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
     if min(side) < 1 or side[0] * side[1] > MAX_SEGMENT_PX:
-        raise UnusualError(f"segments of {side[1]} x {side[0]} px")
+        raise InOnePieceError(f"segments of {side[1]} x {side[0]} px")
     n = -(-width // side[1]) * -(-height // side[0])
     offsets = np.array([list(p.dataoffsets) for p in pages], np.int64).reshape(planes, -1)
     counts = np.array([list(p.databytecounts) for p in pages], np.int64).reshape(planes, -1)
@@ -111,19 +117,21 @@ def layout_of(pages: Sequence[Any]) -> Layout:
         raise UnusualError("segments are missing")
     return Layout(
         width, height, side, page.is_tiled, codec, photometric, _tag(page, "Predictor", 1), samples,
-        _alpha(page, samples) if planes == 1 else 0, _jpeg_head(page.jpegtables, photometric), offsets, counts,
+        _alpha(page, samples) if planes == 1 else 0, _jpeg_head(page.jpegtables, photometric, samples), offsets, counts,
     )  # fmt: skip
 
 
-def _jpeg_head(tables: bytes | None, photometric: int) -> bytes:
+def _jpeg_head(tables: bytes | None, photometric: int, samples: int) -> bytes:
     start = tables[:-2] if tables else b"\xff\xd8"
-    if photometric in (_RGB, _YCBCR):
+    if samples == 3:
         start += _ADOBE + bytes([photometric == _YCBCR])
     return start
 
 
 def names_its_colours(layout: Layout, data: bytes) -> bool:
     """Whether a JPEG segment says itself, against the page, that its pixels are YCbCr, or are RGB."""
+    if layout.samples != 3:
+        return False
     at, found = 2, []
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] not in (0xC0, 0xC1, 0xC2, 0xDA):
         (length,) = struct.unpack(">H", data[at + 2 : at + 4])
@@ -133,7 +141,7 @@ def names_its_colours(layout: Layout, data: bytes) -> bool:
         if data[at + 1] == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
             found.append(body[11])
         at += 2 + length
-    return layout.photometric in (_RGB, _YCBCR) and any(kind != (layout.photometric == _YCBCR) for kind in found)
+    return any(kind != (layout.photometric == _YCBCR) for kind in found)
 
 
 def decoded(layout: Layout, planes: Sequence[bytes], rows: int, step: int, spare: Pixels | None) -> Pixels:

@@ -22,7 +22,7 @@ from data_prep.slides import segments
 from data_prep.slides.base import DecodeError, Pixels
 from data_prep.slides.reference import ReferenceSlide, one_mpp
 from data_prep.slides.sampling import Level, Part, Pyramid
-from data_prep.slides.segments import Cache, Layout, UnusualError
+from data_prep.slides.segments import Cache, InOnePieceError, Layout, UnusualError
 
 _CACHE_BYTES, _BAND_BYTES, _BAND_ROWS = 128 << 20, 700 << 20, 4096
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -236,7 +236,7 @@ def _of_series(file: tifffile.TiffFile) -> tuple[list[Layout], float | None, boo
     layouts.sort(key=lambda layout: -layout.width_px)
     first = layouts[0]
     if not first.tiled and (first.offsets.shape[1] == 1 or 3 * _BAND_ROWS * first.width_px > 2 * _BAND_BYTES):
-        raise UnusualError("one strip, or strips that are too wide")
+        raise InOnePieceError("one strip, or strips that are too wide")
     mpp = _ome_mpp(file.ome_metadata, index)[1] if file.ome_metadata else None
     return layouts, mpp or _tag_mpp(series.keyframe), bool(file.is_ome)
 
