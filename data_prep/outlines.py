@@ -19,7 +19,7 @@ Mask = npt.NDArray[np.bool_]
 Ring = npt.NDArray[np.float64]  # [V, 2] x, y in level-0 px, its last point not repeated
 Polygon = list[Ring]  # the outline, then its holes
 
-_TOLERANCE_PX = 0.7  # of the overview, by which a simplified outline may leave the mask
+_TOLERANCE_PX = 0.5  # of the overview, by which a simplified outline may leave the mask
 _FINER = 2
 _PROPERTIES = {"objectType": "annotation", "classification": {"name": "Tissue", "color": [150, 60, 170]}}
 _MAX_BYTES = 256 << 20  # of a file: more is no outline of tissue
