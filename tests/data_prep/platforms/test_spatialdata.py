@@ -26,6 +26,7 @@ from data_prep.platforms import spatialdata as reader
 from storm.config import PrepConfig
 from storm.schema import DISC, POLYGON, SQUARE
 from storm.store import SlideStore
+from tests.data_prep.platforms.helpers import dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:zarr v3 autosharding", "ignore::FutureWarning")
 
@@ -92,9 +93,7 @@ def test_circles(plain: Path) -> None:
     np.testing.assert_allclose(found.xy, XY[ORDER])
     assert (found.kind, found.space_um, found.matrix) == ("spot", None, None)
     assert (found.footprint_um == 55).all()  # a Visium spot, whatever radius was written
-    blocks = list(found.counts(np.arange(N)))
-    got = sparse.csr_matrix((blocks[0].count, blocks[0].gene, blocks[0].indptr), (N, 3)).toarray()
-    np.testing.assert_array_equal(got, COUNTS[ORDER])
+    np.testing.assert_array_equal(dense(found), COUNTS[ORDER])
     assert found.notes == ["1 controls are left out"]
 
 
@@ -160,8 +159,7 @@ def test_names_are_asked_for_where_several_could_be_meant(tmp_path: Path) -> Non
         read(f"{path}#raw@global")
     found = read(f"{path}#other@slide")
     np.testing.assert_allclose(found.xy, 2 * XY[ORDER])
-    block = next(iter(found.counts(np.arange(N))))
-    assert block.count.sum() == counts.sum()
+    np.testing.assert_array_equal(dense(found), counts[ORDER])
 
 
 def test_inputs_are_the_table_the_shapes_and_the_metadata(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from data_prep.profiles import place, profiles_of
 from storm.config import PrepConfig
 from storm.schema import DISC, SQUARE
 from storm.store import SlideStore
+from tests.data_prep.platforms.helpers import dense
 from tests.data_prep.vendors import tissue, write_tiff
 
 GENES = ["TP53", "EGFR", "NegControlProbe_00042", "BLANK_0069", "antisense_PROKR2", "UnassignedCodeword_0001"]
@@ -65,10 +66,7 @@ def test_places_pixel_size_and_counts(tmp_path: Path) -> None:
     assert found.space_um == MPP
     assert found.lattice_um is None  # array_row and array_col are not believed
     assert found.reported_mpp == pytest.approx(MPP)  # 55 um here, where Space Ranger means 65
-    blocks = list(found.counts(np.arange(30)))
-    np.testing.assert_array_equal(
-        sparse.csr_matrix((blocks[0].count, blocks[0].gene, blocks[0].indptr), (30, 6)).toarray(), COUNTS
-    )
+    np.testing.assert_array_equal(dense(found), COUNTS)
 
 
 def test_controls_are_no_genes(tmp_path: Path) -> None:

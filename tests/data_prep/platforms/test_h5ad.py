@@ -18,6 +18,7 @@ from data_prep.platforms import CONTROL, GENE, OTHER, Measurement, Source, annot
 from storm.config import PrepConfig
 from storm.schema import DISC, SQUARE
 from storm.store import SlideStore
+from tests.data_prep.platforms.helpers import dense, fit
 
 SYMBOLS = ["TP53", "EGFR", "ERBB2", "MKI67", "CD3E"]
 IDS = ["ENSG00000141510", "ENSG00000146648", "ENSG00000141736", "ENSG00000148773", "ENSG00000198851"]
@@ -46,16 +47,6 @@ def read(path: Path, platform: str = "visium", **told: Any) -> Measurement:
     return h5ad.read(Source(platform, path, **told))
 
 
-def dense(found: Measurement, rows: np.ndarray | None = None) -> np.ndarray:
-    """[rows, columns] counts."""
-    rows = np.arange(len(found.ids)) if rows is None else rows
-    parts = [np.zeros((0, len(found.names)), np.int64)]
-    for block in found.counts(rows):
-        shape = (len(block.indptr) - 1, len(found.names))
-        parts.append(sparse.csr_matrix((block.count, block.gene, block.indptr), shape).toarray())
-    return np.concatenate(parts)
-
-
 def test_a_file_of_scanpy(tmp_path: Path) -> None:
     data = made()
     found = read(write(tmp_path / "a.h5ad", data))
@@ -67,9 +58,7 @@ def test_a_file_of_scanpy(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.in_tissue, np.arange(40) % 2)
     assert (found.footprint_um == 55).all()
     assert found.space_um is None
-    assert found.lattice_um is not None
-    assert found.lattice_xy is not None
-    assert align.fit_lattice(found.lattice_um, found.lattice_xy).mpp == pytest.approx(0.5)
+    assert fit(found).mpp == pytest.approx(0.5)
 
 
 FORMS: dict[str, Callable[[], anndata.AnnData]] = {
@@ -297,9 +286,6 @@ def test_real_dlpfc(real_data: Path, tmp_path: Path) -> None:
     assert found.names == list(data.var_names)
     np.testing.assert_array_equal(found.xy, placed[["x", "y"]].to_numpy())
     np.testing.assert_array_equal(dense(found), data.X.toarray())
-    assert found.lattice_um is not None
-    assert found.lattice_xy is not None
-    fit = align.fit_lattice(found.lattice_um, found.lattice_xy)
     row = positions[positions.array_row == 38].sort_values("array_col")  # neighbours in a row are 100 um apart
-    assert fit.mpp == pytest.approx(100 / np.hypot(row.x.diff(), row.y.diff()).mean(), rel=5e-3)
-    assert align.lattice_fault(fit, "visium", PrepConfig()) is None
+    assert fit(found).mpp == pytest.approx(100 / np.hypot(row.x.diff(), row.y.diff()).mean(), rel=5e-3)
+    assert align.lattice_fault(fit(found), "visium", PrepConfig()) is None

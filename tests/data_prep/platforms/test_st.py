@@ -15,6 +15,7 @@ from data_prep.profiles import place, profiles_of
 from storm.config import PrepConfig
 from storm.schema import DISC
 from storm.store import SlideStore
+from tests.data_prep.platforms.helpers import dense, fit
 from tests.data_prep.vendors import MPP, write_st
 
 HER2ST = {"A1": 346, "A3": 359, "C1": 176, "C2": 187, "C3": 180, "C4": 184, "E1": 587, "G2": 467}
@@ -22,24 +23,6 @@ HER2ST = {"A1": 346, "A3": 359, "C1": 176, "C2": 187, "C3": 180, "C4": 184, "E1"
 
 def read(counts: Path, spots: Path | None = None, **told) -> Measurement:
     return st.read(Source("st", counts, spots, **told))
-
-
-def dense(found: Measurement) -> np.ndarray:
-    """[N, columns] counts."""
-    table = np.zeros((len(found.ids), len(found.names)), np.int64)
-    start = 0
-    for block in found.counts(np.arange(len(found.ids))):
-        rows = start + np.repeat(np.arange(len(block.indptr) - 1), np.diff(block.indptr))
-        table[rows, block.gene] = block.count
-        start += len(block.indptr) - 1
-    assert start == len(found.ids)
-    return table
-
-
-def fit(found: Measurement) -> align.LatticeFit:
-    assert found.lattice_um is not None
-    assert found.lattice_xy is not None
-    return align.fit_lattice(found.lattice_um, found.lattice_xy)
 
 
 def written(counts: Path) -> list[list[str]]:
@@ -72,12 +55,7 @@ def test_chosen_rows_of_the_counts(tmp_path: Path) -> None:
     rows = spots.read_text().splitlines()
     spots.write_text("\n".join([rows[0], rows[1][:-1] + "0", *rows[2:]]))  # the first spot is not selected
     found = read(counts, spots)
-    blocks = list(found.counts(np.array([0, 3])))
-    got = np.zeros((2, len(found.names)), int)
-    for row in range(2):
-        span = slice(*blocks[0].indptr[row : row + 2])
-        got[row, blocks[0].gene[span]] = blocks[0].count[span]
-    np.testing.assert_array_equal(got, dense(found)[[0, 3]])
+    np.testing.assert_array_equal(dense(found, np.array([0, 3])), dense(found)[[0, 3]])
     np.testing.assert_array_equal(dense(found)[0], np.array(written(counts)[2][1:], dtype=int))
 
 
