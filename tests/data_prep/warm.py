@@ -1,0 +1,28 @@
+"""Imported by the process that test_durability.py forks: one run loads libraries, gene tables and caches."""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+from data_prep import build, pack
+from tests.data_prep.vendors import tissue, write_manifest, write_tiff, write_visium
+
+TILES = ("tile_px=56", "tile_mpp=1.0")
+
+
+def write_corpus(folder: Path) -> Path:
+    """The manifest of two small slides, one to train on and one to test on."""
+    rows: list[dict[str, str]] = []
+    for name, split in (("one", "train"), ("two", "test")):
+        write_tiff(folder / f"{name}.tif", tissue(450, 600 + len(rows)))
+        write_visium(folder / name, side=4)
+        rows.append({"slide_id": name, "image": f"{name}.tif", "measurement": name, "platform": "visium",
+                     "donor": name, "split": split})  # fmt: skip
+    return write_manifest(folder / "manifest.csv", rows)
+
+
+with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
+    manifest = write_corpus(Path(name))
+    build.main([str(manifest), "--store", f"{name}/stores", "--workers", "1", *TILES])
+    pack.main(["--store", f"{name}/stores", "--out", f"{name}/shards", *TILES])
