@@ -16,9 +16,9 @@ SYMBOLS = ("TP53", "EGFR", "ERBB2", "MKI67", "CD3E")
 MPP = 1.0
 
 
-def tissue(height: int, width: int) -> npt.NDArray[np.uint8]:
+def tissue(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     """Smooth pink texture on white, with glass to the right of the middle."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     noise = cv2.GaussianBlur(rng.random((height, width, 3), dtype=np.float32), (0, 0), 4)
     pixels = np.array([200, 120, 170]) + 400 * (noise - 0.5)
     pixels[:, width // 2 :] = 245
