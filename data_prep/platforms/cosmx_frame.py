@@ -68,6 +68,8 @@ class Fovs:
             if {"fov", *pair} <= set(known):
                 columns = [known[name] for name in ("fov", *pair)]
                 fov, x, y = (tabular.whole(path, columns).numbers[name].tolist() for name in columns)
+                if len(set(fov)) < len(fov):
+                    raise ValueError(f"{path}: a field of view comes twice; give the export of one slide")
                 target.update({int(f): (a, b) for f, a, b in zip(fov, x, y, strict=True) if np.isfinite(f + a + b)})
         if not self.px and not self.mm:
             raise ValueError(
@@ -90,7 +92,7 @@ class Fovs:
         a, b = (np.array([places[f] for f in both]) for places in (px, self.mm))
         if len(both) > 1:  # origins may differ, and so may the direction of y: distances do not
             a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-        size = float(1000 * np.sqrt((b**2).sum() / max(1e-12, float((a**2).sum()))))
+        size = round(float(1000 * np.sqrt((b**2).sum() / max(1e-12, float((a**2).sum())))), 6)
         if not PIXEL_RANGE[0] <= size <= PIXEL_RANGE[1]:
             raise ValueError(
                 f"{self.path}: its places in px and in mm make a pixel {size:.3g} um wide, which none is; restore the "
