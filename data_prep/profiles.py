@@ -85,9 +85,10 @@ def _matrix(row: ManifestRow, slide: slides.Slide | None, measured: Measurement 
         return np.eye(3), measured.matrix_source
     if row.assume_aligned:
         return np.eye(3), "assumed"
+    spots = ", or its spot file with pixel_x, pixel_y in spots" if row.platform == "st" else ""
     raise ValueError(
-        f"no file tells where it lies on {row.image}; give its matrix in the column alignment, leave image blank for "
-        "expression alone, or, where its pixels are those of the image, say assume_aligned true"
+        f"no file tells where it lies on {row.image}; give its matrix in the column alignment{spots}, leave image "
+        "blank for expression alone, or, where its pixels are those of the image, say assume_aligned true"
     )
 
 

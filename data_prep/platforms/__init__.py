@@ -33,7 +33,7 @@ class Source:
     measurement: Path
     spots: Path | None = None
     alignment: Path | None = None
-    unit: str = ""  # cell, or square<N>um; blank: the platform's usual one
+    unit: str = ""  # cell, square<N>um or disc<N>um; blank: the platform's usual one
     space_um: float | None = None  # um per unit of the measurement's own coordinates, where the files do not tell
     assume_aligned: bool = False  # the measurement's own pixels are those of the image
     species: str = ""  # human or mouse; blank: not told

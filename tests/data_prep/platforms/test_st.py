@@ -16,7 +16,7 @@ from storm.config import PrepConfig
 from storm.schema import DISC
 from storm.store import SlideStore
 from tests.data_prep.platforms.helpers import dense, fit
-from tests.data_prep.vendors import MPP, write_st
+from tests.data_prep.vendors import MPP, tissue, write_st, write_tiff
 
 HER2ST = {"A1": 346, "A3": 359, "C1": 176, "C2": 187, "C3": 180, "C4": 184, "E1": 587, "G2": 467}
 
@@ -158,6 +158,13 @@ def test_expression_alone(tmp_path: Path) -> None:
     store = SlideStore(build_slide(row, tmp_path / "stores", PrepConfig()))
     assert (store.info.mpp, store.info.mpp_source) == (200.0, "matrix")
     np.testing.assert_allclose(np.diff(store.places().xy_um[:4], axis=0), [[0, 200]] * 3)
+
+
+def test_an_image_needs_a_spot_file_or_a_matrix(tmp_path: Path) -> None:
+    counts, _ = write_st(tmp_path)
+    row = ManifestRow("s", write_tiff(tmp_path / "s.tif", tissue(900, 900)), counts, "st")
+    with pytest.raises(ValueError, match=r"no file tells where it lies on .*s\.tif; .* or its spot file with pixel_x"):
+        build_slide(row, tmp_path / "stores", PrepConfig())
 
 
 def test_the_transform_of_the_pipeline(tmp_path: Path) -> None:
