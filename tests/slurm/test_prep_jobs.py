@@ -1,4 +1,4 @@
-"""prep.sbatch on a real SLURM: arrays, faults, resubmission, kills and requeues, what other machines left."""
+"""prep.sbatch and pack.sbatch on a real SLURM: arrays, faults, resubmission, kills, requeues, other machines' rests."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import build, records
+from data_prep import build, pack, plan, records
 from storm import files, store
 from tests.data_prep.vendors import tissue, write_manifest, write_tiff, write_visium
 from tests.slurm.cluster import MAX_ARRAY, Cluster, until
@@ -73,23 +73,54 @@ def test_a_damaged_slide_fails_its_task_and_is_all_that_is_built_again(
     cluster: Cluster, slides: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(slides, tmp_path / "data")
-    manifest, image = tmp_path / "data" / "manifest.csv", tmp_path / "data" / "s2.tif"
+    table, image = tmp_path / "data" / "manifest.csv", tmp_path / "data" / "s2.tif"
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if not line.startswith(BIG)))
+    planning = [str(table), "--store", str(tmp_path / "stores"), "--out", str(tmp_path / "plan.json"), *TILES]
+    assert plan.main([*planning, "--tasks", "5"]) == 0
     image.write_bytes(image.read_bytes()[:1000])
-    plan = write_plan(tmp_path / "plan.json", manifest, [[name] for name in SMALL])
+    (task,) = [k for k, names in enumerate(files.read_json(tmp_path / "plan.json")["tasks"]) if names == ["s2"]]
     elsewhere = tmp_path / "elsewhere"  # paths among the words start here
     words = ("--", "../data/manifest.csv", "--store", "../stores", "--plan", "../plan.json", *TILES)
     job = submitted(cluster, elsewhere, "prep.sbatch", CPU, *words)
-    assert len(SMALL) > MAX_ARRAY  # so an element has two tasks; that of s2 goes on with s3
-    assert cluster.waited(job) == {"0": "COMPLETED:0", "1": "FAILED:1", "2": "COMPLETED:0"}
-    log = (elsewhere / "logs" / f"storm-prep_{job}_1.out").read_text()
+    after, packing = f"--dependency=afterany:{job}", ("--store", "../stores", "--manifest", table, *TILES)
+    refused = submitted(cluster, elsewhere, "pack.sbatch", after, "--", *packing, "--out", "../no")
+    packed = submitted(
+        cluster,
+        elsewhere,
+        "pack.sbatch",
+        after,
+        "--",
+        *packing,
+        "--out",
+        "../shards",
+        "--tasks",
+        "2",
+        "--allow-missing",
+    )
+    assert len(SMALL) > MAX_ARRAY  # so an element has two tasks: it goes on after s2, and its code is the higher one
+    states = {str(element): "COMPLETED:0" for element in range(3)}
+    assert cluster.waited(job) == states | {str(task // 2): "FAILED:1"}
+    log = (elsewhere / "logs" / f"storm-prep_{job}_{task // 2}.out").read_text()
     assert re.search(r"s2: FAILED: .*s2\.tif", log)
-    assert "s3: built" in log
     assert records.failures(tmp_path / "stores").keys() == {"s2"}
+    assert cluster.waited(refused) == {"": "FAILED:2"}
+    assert "s2" in (elsewhere / "logs" / f"storm-pack_{refused}.out").read_text()
+    assert cluster.waited(packed) == {"": "COMPLETED:0"}
+    whole = ["--store", str(tmp_path / "stores"), "--out", str(tmp_path / "whole"), "--allow-missing", *TILES]
+    assert pack.main(whole) == 0
+    assert content(tmp_path / "shards") == content(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "elsewhere", "plan.json", "shards", "stores", "whole"]
+
     shutil.copy(slides / "s2.tif", image)
-    write_plan(plan, manifest, [["s2"]])
+    assert plan.main(planning) == 0
+    assert files.read_json(tmp_path / "plan.json")["tasks"] == [["s2"]]
     again = submitted(cluster, elsewhere, "prep.sbatch", CPU, *words)
     assert cluster.waited(again) == {"0": "COMPLETED:0"}
     check(tmp_path / "stores", undisturbed, SMALL)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def in_work(folder: Path) -> list[int]:
@@ -100,11 +131,11 @@ def in_work(folder: Path) -> list[int]:
 def test_a_task_that_was_killed_or_requeued_half_way(
     cluster: Cluster, slides: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    plan = write_plan(tmp_path / "plan.json", slides / "manifest.csv", [[BIG]])
+    tasks = write_plan(tmp_path / "plan.json", slides / "manifest.csv", [[BIG]])
     stores = [tmp_path / "killed", tmp_path / "requeued"]
     killed, requeued = (
         submitted(cluster, tmp_path, "prep.sbatch", CPU, "--", slides / "manifest.csv", "--store", folder, "--plan",
-                  plan, *TILES)
+                  tasks, *TILES)
         for folder in stores
     )  # fmt: skip
     until(lambda: in_work(stores[0]), "a build to kill", pause=0.01)
@@ -122,9 +153,9 @@ def test_a_task_that_was_killed_or_requeued_half_way(
 
 
 def test_two_tasks_on_one_slide_at_once(cluster: Cluster, slides: Path, undisturbed: Path, tmp_path: Path) -> None:
-    plan = write_plan(tmp_path / "plan.json", slides / "manifest.csv", [[BIG], [BIG]])
+    tasks = write_plan(tmp_path / "plan.json", slides / "manifest.csv", [[BIG], [BIG]])
     stores = tmp_path / "stores"
-    words = ("--", slides / "manifest.csv", "--store", stores, "--plan", plan, *TILES)
+    words = ("--", slides / "manifest.csv", "--store", stores, "--plan", tasks, *TILES)
     job = submitted(cluster, tmp_path, "prep.sbatch", CPU, *words)
     until(lambda: len(in_work(stores)) == 2, "two builds of one slide", pause=0.01)
     assert cluster.waited(job) == {"0": "COMPLETED:0", "1": "COMPLETED:0"}
@@ -149,8 +180,8 @@ def test_a_bare_sbatch_from_the_root_uses_setup_and_run(
     wrapper.write_text(f'#!/bin/sh\necho "$BY_SETUP $STORM_ROOT $TMPDIR $*" >> {tmp_path}/told\nexec "$@"\n')
     wrapper.chmod(0o755)
     env = {"STORM_SETUP": "export BY_SETUP=prepared", "STORM_RUN": f"{wrapper} env", "SLURM_TMPDIR": str(tmp_path)}
-    stores, plan = tmp_path / "stores", write_plan(tmp_path / "plan.json", slides / "manifest.csv", [["s0"], ["s1"]])
-    words = ("slurm/prep.sbatch", slides / "manifest.csv", "--store", stores, "--plan", plan, *TILES)
+    stores, tasks = tmp_path / "stores", write_plan(tmp_path / "plan.json", slides / "manifest.csv", [["s0"], ["s1"]])
+    words = ("slurm/prep.sbatch", slides / "manifest.csv", "--store", stores, "--plan", tasks, *TILES)
     job = cluster.run("sbatch", "--parsable", CPU, "--array=1", *words, cwd=root, **env).stdout.strip()
     assert cluster.waited(job) == {"1": "COMPLETED:0"}
     check(stores, undisturbed, ["s1"])
