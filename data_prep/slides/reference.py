@@ -86,7 +86,7 @@ class ReferenceSlide(Pyramid):
         self.path = path
         self._handle: openslide.OpenSlide | None = None
         self._owner = 0
-        handle = self._open()
+        handle = self.handle()
         properties = dict(handle.properties)
         self.levels = tuple(Level.of(size, handle.dimensions) for size in handle.level_dimensions)
         self.tile_sizes = [
@@ -99,7 +99,7 @@ class ReferenceSlide(Pyramid):
             name: value for key, name in _FACTS.items() if (value := _number(properties.get(key))) is not None
         }
 
-    def _open(self) -> openslide.OpenSlide:
+    def handle(self) -> openslide.OpenSlide:
         """The handle of this process, opened at first use, again after an error, and again behind a fork."""
         if self._handle is None or self._owner != os.getpid():
             try:
@@ -124,7 +124,7 @@ class ReferenceSlide(Pyramid):
         x0, y0 = math.floor(x * downsample + 1e-6), math.floor(y * downsample + 1e-6)
         size = (w, h) if x0 == x * downsample and y0 == y * downsample else (w + 1, h + 1)
         try:
-            image = self._open().read_region((x0, y0), level, size)
+            image = self.handle().read_region((x0, y0), level, size)
         except openslide.OpenSlideError as error:
             self.close()  # a handle that failed once fails for ever
             raise DecodeError(f"{self.path}: does not decode at level-0 px ({x0}, {y0}): {error}") from error

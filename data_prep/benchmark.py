@@ -1,0 +1,300 @@
+"""python -m data_prep.benchmark images [--slide FILE ...]: how fast and how small the reading of slides is.
+
+In: synthetic slides that it writes itself, and slides of the user's. Out: Markdown tables. All that is compared is
+measured in one run, in turns, several times; medians are told, and rates are per second of processor time, so that
+others on the machine disturb them little.
+
+* plain: a loop over the grid as anyone would write it: OpenSlide's read_region, RGB, resize, JPEG.
+* ours: the same tiles by Slide.read, in the order of a build.
+* limit: each segment that the tiles touch is decoded once into the same memory, each tile encoded; nothing else.
+"""
+
+import argparse
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import cv2
+import imagecodecs
+import numpy as np
+import simplejpeg
+import tifffile
+
+from data_prep import one_slide, slides, tissue
+from data_prep.slides import segments
+from data_prep.slides.reference import ReferenceSlide
+from data_prep.slides.tiff import TiffSlide
+from data_prep.synthetic.render import Stain, render
+from data_prep.synthetic.tissue import grow
+
+_TILE_PX, _TILE_MPP, _QUALITY = 224, 0.5, 90
+_SEGMENT_PX, _TEXTURE_PX = 256, 2048
+_APERIO = "Aperio Image Library v11\r\n|AppMag = 20|MPP = {mpp}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A slide, and um per pixel of its level 0."""
+
+    name: str
+    path: Path
+    mpp: float
+
+    @property
+    def ratio(self) -> float:
+        """Level-0 px per px of a tile."""
+        return _TILE_MPP / self.mpp
+
+
+def _encoded(pixels: slides.Pixels) -> bytes:
+    return simplejpeg.encode_jpeg(pixels, _QUALITY, "RGB", "420", fastdct=False)
+
+
+def _texture(size_px: int, mpp: float) -> slides.Pixels:
+    """H&E of synthetic tissue without its white margin, [size, size, 3]."""
+    rng = np.random.default_rng(0)
+    picture = render(rng, grow(rng, 1.5 * size_px * mpp), Stain(1.0, 1.0, 0.0, 245.0, 0, 0), mpp)
+    start = (len(picture) - size_px) // 2
+    return np.ascontiguousarray(picture[start : start + size_px, start : start + size_px])
+
+
+def _segments(texture: slides.Pixels, encode: Callable[[slides.Pixels], bytes]) -> list[list[bytes]]:
+    """Encoded squares of a picture, by row and column."""
+    side, n = _SEGMENT_PX, len(texture) // _SEGMENT_PX
+    return [
+        [encode(np.ascontiguousarray(texture[r * side : (r + 1) * side, c * side : (c + 1) * side])) for c in range(n)]
+        for r in range(n)
+    ]
+
+
+def write_repeated(path: Path, rows: int, cols: int, encoded: list[list[bytes]], codec: int, mpp: float) -> Path:
+    """A slide of `rows` x `cols` segments of one level, those that were encoded over and over."""
+
+    def tiles() -> Iterator[bytes]:
+        for row in range(rows):
+            for col in range(cols):
+                yield encoded[row % len(encoded)][col % len(encoded[0])]
+
+    options = {"photometric": "ycbcr", "subsampling": (2, 2)} if codec == segments.JPEG else {"photometric": "rgb"}
+    with tifffile.TiffWriter(path, bigtiff=True) as writer:
+        writer.write(
+            tiles(), shape=(rows * _SEGMENT_PX, cols * _SEGMENT_PX, 3), dtype=np.uint8, compression=codec,
+            tile=(_SEGMENT_PX, _SEGMENT_PX), metadata=None, description=_APERIO.format(mpp=mpp), **options,
+        )  # fmt: skip
+    return path
+
+
+def _jpeg(pixels: slides.Pixels) -> bytes:
+    return simplejpeg.encode_jpeg(pixels, 80, "RGB", "420", fastdct=False)
+
+
+def _jpeg2000(pixels: slides.Pixels) -> bytes:
+    return imagecodecs.jpeg2k_encode(pixels, level=38, codecformat="j2k", mct=False)
+
+
+def synthetic_cases(folder: Path) -> list[Case]:
+    """JPEG read at twice and at once its pixel size; JPEG 2000 on a slide as wide as real ones."""
+    texture = _texture(_TEXTURE_PX, 0.25)
+    encoded = _segments(texture, _jpeg)
+    half = cv2.resize(texture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    fine = write_repeated(folder / "fine.svs", 32, 32, encoded, segments.JPEG, 0.25)
+    native = write_repeated(folder / "native.svs", 16, 32, _segments(half, _jpeg), segments.JPEG, 0.5)
+    wide = write_repeated(folder / "wide.svs", 4, 160, _segments(half[:1024, :1024], _jpeg2000), 33005, 0.5)
+    return [
+        Case("JPEG, 8192 x 8192 px, 0.25 read at 0.5", fine, 0.25),
+        Case("JPEG, 8192 x 4096 px, 0.5 read at 0.5", native, 0.5),
+        Case("JPEG 2000 (33005), 40960 x 1024 px, 0.5 read at 0.5", wide, 0.5),
+    ]
+
+
+def _grid(case: Case, slide: slides.Slide) -> slides.Grid:
+    return slides.Grid.over(slide, _TILE_PX * case.ratio)
+
+
+def _plain(case: Case) -> int:
+    reference = ReferenceSlide(case.path)
+    handle, grid = reference.handle(), _grid(case, reference)
+    level = handle.get_best_level_for_downsample(case.ratio)
+    downsample = handle.level_downsamples[level]
+    for row in range(grid.rows):
+        for col in range(grid.cols):
+            x, y, w, h = grid.box(row, col)
+            size = (round(w / downsample), round(h / downsample))
+            pixels = np.asarray(handle.read_region((x, y), level, size).convert("RGB"))
+            if size != (_TILE_PX, _TILE_PX):
+                pixels = cv2.resize(pixels, (_TILE_PX, _TILE_PX), interpolation=cv2.INTER_AREA)
+            _encoded(pixels)
+    return grid.rows * grid.cols
+
+
+def _ours(case: Case) -> int:
+    slide = slides.open_slide(case.path, 150)
+    grid = _grid(case, slide)
+    places = [(row, col) for row in range(grid.rows) for col in range(grid.cols)]
+    for row, col in sorted(places, key=one_slide._block_order):
+        _encoded(slide.read(*grid.box(row, col), _TILE_PX))
+    return len(places)
+
+
+class _Limit:
+    """Segments that the tiles touch, in memory, and the tiles' pixels: what must be decoded and encoded."""
+
+    def __init__(self, case: Case) -> None:
+        slide = slides.open_slide(case.path, 150)
+        if not isinstance(slide, TiffSlide):
+            raise ValueError(f"{case.path}: is not read segment by segment; name a tiled TIFF or SVS")
+        grid = _grid(case, slide)
+        self.level, self.layout = _level(slide, case.ratio)
+        self.data = [slide.bytes_of(self.level, i) for i in range(self.layout.offsets.shape[1])]
+        places = [(row, col) for row in range(grid.rows) for col in range(grid.cols)][:256]
+        self.tiles = [slide.read(*grid.box(row, col), _TILE_PX) for row, col in places]
+        self.count = grid.rows * grid.cols
+
+    def __call__(self, case: Case) -> int:
+        memory = np.empty((*self.layout.segment_px, 3), np.uint8)
+        for planes in self.data:
+            segments.decoded(self.layout, planes, self.layout.segment_px[0], 1, memory)
+        for i in range(self.count):
+            _encoded(self.tiles[i % len(self.tiles)])
+        return self.count
+
+
+def _level(slide: TiffSlide, ratio: float) -> tuple[int, segments.Layout]:
+    level = max(i for i, at in enumerate(slide.levels) if i == 0 or at.across <= 1.01 * ratio)
+    return level, slide.layouts[level]
+
+
+def speeds(case: Case, repeats: int) -> dict[str, float]:
+    """Median tiles per second of processor time, of each way."""
+    ways: dict[str, Callable[[Case], int]] = {"plain": _plain, "ours": _ours, "limit": _Limit(case)}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            start = time.process_time()
+            tiles = way(case)
+            rates[name].append(tiles / (time.process_time() - start))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def _loop(case: Case, repeats: int, barrier: Barrier) -> None:
+    cv2.setNumThreads(1)
+    _ours(case)
+    barrier.wait()
+    for _ in range(repeats):
+        _ours(case)
+    barrier.wait()
+
+
+def scaling(case: Case, repeats: int) -> float:
+    """How many times the tiles per second of one process two of them give, by the clock on the wall."""
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(repeats):
+        for workers in seconds:
+            barrier = context.Barrier(workers + 1)
+            running = [context.Process(target=_loop, args=(case, 3, barrier)) for _ in range(workers)]
+            for process in running:
+                process.start()
+            barrier.wait()
+            start = time.perf_counter()
+            barrier.wait()
+            seconds[workers].append(time.perf_counter() - start)
+            for process in running:
+                process.join()
+    return 2 * statistics.median(seconds[1]) / statistics.median(seconds[2])
+
+
+def _walk(case: Case, blocks: int) -> None:
+    cv2.setNumThreads(1)
+    slide = slides.open_slide(case.path, 150)
+    grid = _grid(case, slide)
+    tissue.read_overview(slide, grid)
+    places = [(row, col) for row in range(min(grid.rows, 8 * blocks)) for col in range(grid.cols)]
+    for row, col in sorted(places, key=one_slide._block_order):
+        _encoded(slide.read(*grid.box(row, col), _TILE_PX))
+
+
+def _measured(case: Case, blocks: int, sender: "multiprocessing.connection.Connection") -> None:
+    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _walk(case, blocks)
+    sender.send((before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - start))
+
+
+def peak_memory(case: Case, blocks: int = 3) -> tuple[float, float]:
+    """Peak resident memory, GB, and seconds, of a process that reads the overview and rows of blocks of tiles."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measured, args=(case, blocks, sender))
+    process.start()
+    _, peak_kb, seconds = receiver.recv()
+    process.join()
+    return peak_kb * 1024 / 1e9, seconds
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def images(given: Sequence[Path], repeats: int, sizes_k: Sequence[int]) -> None:
+    """Print the tables. Raises ValueError: a slide that cannot be read, or tells no mpp."""
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cases = [_given(path) for path in given] + synthetic_cases(folder)
+        rows = []
+        for case in cases:
+            found = speeds(case, repeats)
+            ratios = [found["ours"] / found["plain"], found["ours"] / found["limit"]]
+            rates = [f"{found[way]:.0f}" for way in ("plain", "ours", "limit")]
+            rows.append([case.name, *rates, *(f"{ratio:.2f}" for ratio in ratios)])
+        head = ["tiles of 224 px at 0.5 um/px", "plain /s", "ours /s", "limit /s", "ours / plain", "ours / limit"]
+        print(_table(head, rows), flush=True)
+        print(f"Two processes: {scaling(cases[-3], repeats):.2f} times one ({os.cpu_count()} cores).\n", flush=True)
+        encoded = _segments(_texture(_TEXTURE_PX, 0.25), _jpeg)
+        rows = []
+        for k in sizes_k:
+            n = k * 1000 // _SEGMENT_PX
+            case = Case(f"{k} k", write_repeated(folder / f"{k}.svs", n, n, encoded, segments.JPEG, 0.25), 0.25)
+            peak_gb, seconds = peak_memory(case)
+            rows.append([f"{n * _SEGMENT_PX} px", f"{peak_gb:.2f}", f"{seconds:.0f}"])
+            case.path.unlink()
+        print(_table(["square slide, one level: overview and 3 rows of blocks", "peak GB", "s"], rows))
+
+
+def _given(path: Path) -> Case:
+    slide = slides.open_slide(path, 150)
+    if not slide.embedded_mpp:
+        raise ValueError(f"{path}: tells no pixel size; name another slide")
+    size = f"{slide.width_px0} x {slide.height_px0} px"
+    return Case(f"{path.name}, {size}, {slide.embedded_mpp:.3g} read at {_TILE_MPP}", path, slide.embedded_mpp)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.benchmark", description=__doc__.split("\n\n")[0])
+    parts = parser.add_subparsers(dest="part", required=True)
+    part = parts.add_parser("images", help="tiles per second against OpenSlide and against the limit; memory")
+    part.add_argument("--slide", type=Path, nargs="+", default=[], help="slides to read beside the synthetic ones")
+    part.add_argument("--repeats", type=int, default=5)
+    part.add_argument("--sizes", type=int, nargs="*", default=[4, 20, 60], help="sides of slides for memory, 1000 px")
+    args = parser.parse_args(argv)
+    try:
+        images(args.slide, args.repeats, args.sizes)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
