@@ -114,7 +114,8 @@ def build(
 ) -> list[tuple[Record, bool]]:
     """Build every slide that is not current, and print a line for each; (record, whether it was built just now)."""
     folder.mkdir(parents=True, exist_ok=True)
-    files.sweep(folder)
+    for place in (folder, scratch) if scratch else (folder,):
+        files.sweep(place)
     work = functools.partial(attempt, folder=folder, config=config, scratch=scratch)
     done = []
     died = functools.partial(_died, folder=folder)

@@ -1,7 +1,7 @@
 """kill -9 at any moment of build and pack: the same command run again ends as if nothing had happened.
 
 The process group of a command is killed at moments spread over the whole run. STORM_TEST_KILLS is the number of moments
-of each case (default 6, and 2 where every process imports the libraries anew).
+of each case (default 6, 8 of pack, 2 where every process imports the libraries anew).
 """
 
 import contextlib
@@ -91,23 +91,24 @@ def kills(default: int) -> int:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The manifest of two small slides."""
+    """The manifest of two small slides, and an image that is decoded into a scratch file."""
     from tests.data_prep import warm
 
-    return warm.write_corpus(tmp_path_factory.mktemp("small"))
+    return warm.write_corpus(tmp_path_factory.mktemp("small"), whole=True)
 
 
-TILES = ("tile_px=56", "tile_mpp=1.0")
+TILES = ("tile_px=56", "tile_mpp=1.0", "max_image_mpx=1")
 
 
 @pytest.mark.parametrize(("workers", "default"), [("1", 6), ("2", 2)])
 def test_build_survives_kills(small: Path, tmp_path: Path, workers: str, default: int) -> None:
-    words = [str(small), "--store", "{}", *TILES, "--workers"]
+    words = [str(small), "--store", "{}", "--scratch", "{}-scratch", *TILES, "--workers"]
     survives(tmp_path, "data_prep.build", [*words, workers], [*words, "1"], kills(default))
 
 
 def test_pack_survives_kills(small: Path, tmp_path: Path) -> None:
     stores = tmp_path / "stores"
-    assert run("data_prep.build", [str(small), "--store", str(stores), "--workers", "1", *TILES])[0] == 0
+    scratch = ["--scratch", str(tmp_path / "scratch")]
+    assert run("data_prep.build", [str(small), "--store", str(stores), "--workers", "1", *scratch, *TILES])[0] == 0
     words = ["--store", str(stores), "--out", "{}", *TILES]
-    survives(tmp_path, "data_prep.pack", words, words, kills(6))
+    survives(tmp_path, "data_prep.pack", words, words, kills(8))
