@@ -1,15 +1,12 @@
 """build: stores that are right, reproducible, current and free of traces; faults are listed while the rest goes on."""
 
 import json
-import socket
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import openslide
 import pytest
 import simplejpeg
 import tifffile
@@ -268,56 +265,6 @@ def test_a_slide_without_a_manifest(corpus: Path, tmp_path: Path) -> None:
 
 
 MARK = "mArKeR"
-
-
-def everything_in(path: Path) -> bytes:
-    """All bytes of a file, and for an archive those of its arrays too."""
-    data = path.read_bytes()
-    if path.name.endswith(store.SUFFIX):
-        found = store.SlideStore(path)
-        names = ["profiles/ids", "genes/ids", "genes/symbols"]
-        data += b"".join(found._array(name).tobytes() for name in names) + repr(found.info).encode()
-        with zipfile.ZipFile(path) as archive:
-            data += b"".join(archive.read(name) + name.encode() for name in archive.namelist())
-    return data
-
-
-def marked_slide(path: Path) -> Path:
-    """An Aperio-like slide with a marker in its description, in its tags, and in an associated image."""
-    description = f"Aperio Image Library v1 {MARK}\r\n2000x1900|User = {MARK}|MPP = {MPP}|AppMag = 20|Host = {MARK}"
-    # ASCII tags: 269 document name, 305 software, 315 artist, 316 host computer
-    tags = [(code, "s", 0, f"{MARK} /ho" + f"me/{MARK}/x", True) for code in (269, 315, 316)]
-    return write_tiff(path, tissue(950, 1000), levels=1, description=description, software=MARK, extratags=tags)
-
-
-def test_no_trace_of_people_and_machines(built: Built, corpus: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(
-        openslide.OpenSlide, "associated_images", property(lambda self: pytest.fail("label or macro was read"))
-    )
-    monkeypatch.setattr(socket, "gethostname", lambda: MARK)
-    for variable in ("USER", "LOGNAME", "HOSTNAME"):
-        monkeypatch.setenv(variable, MARK)
-    folder = corpus / f"{MARK}_folder"
-    folder.mkdir()
-    slide = openslide.OpenSlide(marked_slide(folder / f"{MARK}.svs"))
-    planted = [value for value in slide.properties.values() if MARK in value]
-    assert (slide.properties["openslide.vendor"], len(planted) > 2) == ("aperio", True)
-    write_visium(folder / "outs")
-    rows = [
-        {"slide_id": "a", "image": f"{MARK}_folder/{MARK}.svs", "measurement": f"{MARK}_folder/outs",
-         "platform": "visium"},
-        {"slide_id": "b", "image": f"{MARK}_folder/absent.svs", "platform": "image"},
-    ]  # fmt: skip
-    code, stores = built(manifest=write_manifest(corpus / "m.csv", rows))
-    assert code == 1
-    assert pack.main(["--store", str(stores), "--out", str(tmp_path / "shards"), "tile_px=112", "tile_mpp=1.0"]) == 0
-    outputs = [p for f in (stores, tmp_path / "shards") for p in f.rglob("*") if p.is_file()]
-    assert {p.name for p in outputs} >= {"a.zarr.zip", "b.record.json", "manifest.json", "000000.tar", "index.npz"}
-    secrets = [MARK, str(tmp_path), "/ho" + "me/", "ImageDescription"]
-    for path in outputs:
-        data = everything_in(path)
-        for secret in secrets:
-            assert secret.encode() not in data, f"{secret} in {path.name}"
 
 
 def test_whole_slides_of_real_scanners(built: Built, real_data: Path, tmp_path: Path) -> None:
