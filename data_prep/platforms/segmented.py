@@ -71,8 +71,8 @@ def _ring(feature: dict[str, Any]) -> tuple[int, npt.NDArray[np.float64], bool]:
     geometry = feature["geometry"]
     parts = {"Polygon": lambda c: [c], "MultiPolygon": lambda c: c}[geometry["type"]](geometry["coordinates"])
     rings = [np.asarray(part[0], np.float64)[:, :2] for part in parts]
-    ring = max(rings, key=_area)
-    if len(ring) > 1 and (ring[0] == ring[-1]).all():
+    ring = rings[0] if len(rings) == 1 else max(rings, key=_area)
+    if ring[0, 0] == ring[-1, 0] and ring[0, 1] == ring[-1, 1]:
         ring = ring[:-1]
     if len(ring) < 3 or not np.isfinite(ring).all():
         raise ValueError("fewer than three places")

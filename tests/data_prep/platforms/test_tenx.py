@@ -25,7 +25,7 @@ def table(matrix: tenx.Matrix, rows: np.ndarray | None = None) -> np.ndarray:
     found, start = np.zeros((len(rows), len(matrix.names)), np.int64), 0
     for block in matrix.counts(rows):
         n = len(block.indptr) - 1
-        assert (block.gene.dtype, block.count.dtype) == (np.int32, np.int32)
+        assert block.gene.dtype == block.count.dtype == np.int32
         np.add.at(found, (start + np.repeat(np.arange(n), np.diff(block.indptr)), block.gene), block.count)
         start += n
     assert start == len(rows)
@@ -239,7 +239,7 @@ def agree(found: tenx.Whole, other) -> None:
     """Equal to a scipy matrix by barcode; within one the order is free (that of Vis5A falls)."""
     other.sort_indices()
     np.testing.assert_array_equal(found.indptr, other.indptr)
-    order = np.lexsort([found.column, np.repeat(np.arange(len(found.barcodes)), np.diff(found.indptr))])
+    order = np.lexsort((found.column, np.repeat(np.arange(len(found.barcodes)), np.diff(found.indptr))))
     np.testing.assert_array_equal(found.column[order], other.indices)
     np.testing.assert_array_equal(found.count[order], other.data)
 

@@ -396,7 +396,8 @@ def test_real_dlpfc_through_an_outs_folder(real_data: Path, tmp_path: Path) -> N
     table = pd.read_csv(folder / "tissue_positions_list.txt", header=None, index_col=0).loc[found.ids]
     np.testing.assert_array_equal(found.xy, table[[5, 4]])
     assert fit(found).mpp == pytest.approx(0.7245, abs=1e-4)
-    hires = cv2.imread(str(folder / "tissue_lowres_image.png"))
+    picture = cv2.imread(str(folder / "tissue_lowres_image.png"))
+    assert picture is not None
     scale = json.loads((folder / "scalefactors_json.json").read_text())["tissue_lowres_scalef"]
     at = np.floor(found.xy * scale).astype(int)  # the coordinates lie on the tissue of the vendor's own picture
-    assert hires[at[:, 1], at[:, 0]].mean() < 0.85 * hires[:50, :50].mean()
+    assert picture[at[:, 1], at[:, 0]].mean() < 0.85 * picture[:50, :50].mean()

@@ -14,7 +14,7 @@ import pytest
 from data_prep import align, platforms
 from data_prep.manifest import ManifestRow
 from data_prep.one_slide import build_slide
-from data_prep.platforms import Measurement, Source, segmented, visium_hd
+from data_prep.platforms import Measurement, Source, segmented, spaceranger, visium_hd
 from data_prep.profiles import place, polygon_areas
 from data_prep.synthetic.visium_hd import Section, write_bins, write_cells, write_visium_hd
 from storm.config import PrepConfig
@@ -437,7 +437,7 @@ def test_real_bins_of_16_um_whose_matrix_is_of_another_section(real_data: Path) 
     folder = real_data / "seurat_visium_hd/tests/testdata/visium_hd"
     with pytest.raises(ValueError, match=r"2053 of 2695 barcodes .* are not in tissue_positions\.parquet"):
         read(folder, "square16um")
-    positions = visium_hd.spaceranger.read_positions(folder / PARQUET.replace("008", "016"))
+    positions = spaceranger.read_positions(folder / PARQUET.replace("008", "016"))
     fitted = align.fit_lattice(positions.array * 16.0, positions.xy)
     assert fitted.mpp == pytest.approx(0.27383, abs=1e-5)
     assert align.lattice_fault(fitted, "visium_hd", PrepConfig()) is None
