@@ -156,10 +156,11 @@ def test_two_tasks_on_one_slide_at_once(cluster: Cluster, slides: Path, undistur
     tasks = write_plan(tmp_path / "plan.json", slides / "manifest.csv", [[BIG], [BIG]])
     stores = tmp_path / "stores"
     words = ("--", slides / "manifest.csv", "--store", stores, "--plan", tasks, *TILES)
-    job = submitted(cluster, tmp_path, "prep.sbatch", CPU, *words)
+    job = submitted(cluster, tmp_path, "prep.sbatch", CPU, "--array=0,1", *words, STORM_LOGS=str(tmp_path / "told"))
     until(lambda: len(in_work(stores)) == 2, "two builds of one slide", pause=0.01)
     assert cluster.waited(job) == {"0": "COMPLETED:0", "1": "COMPLETED:0"}
     check(stores, undisturbed, [BIG])
+    assert len(list((tmp_path / "told").iterdir())) == 2
 
 
 @pytest.fixture
