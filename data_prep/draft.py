@@ -13,7 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_prep import layouts, manifest
+from data_prep import layouts
+from data_prep.columns import IMAGE_ONLY, REQUIRED, inert
 from data_prep.layouts import Content, Found
 from storm import files
 
@@ -38,7 +39,7 @@ class Draft:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows([manifest.inert(row.get(column, "")) for column in COLUMNS] for row in self.rows)
+        writer.writerows([inert(row.get(column, "")) for column in COLUMNS] for row in self.rows)
         return text.getvalue().encode()
 
 
@@ -64,14 +65,14 @@ def draft(folder: Path, base: Path) -> Draft:
     used = {found.image for found in content.measurements}
     for path in content.images:
         if path not in used:
-            result.rows.append(_row(Found(path.name.partition(".")[0], manifest.IMAGE_ONLY, path, path), base))
+            result.rows.append(_row(Found(path.name.partition(".")[0], IMAGE_ONLY, path, path), base))
     if not result.rows:
         raise ValueError(f"{folder}: holds no measurement and no slide that is known; write the manifest by hand")
     _name_slides(result.rows)
     result.blanks = [
         (row["slide_id"], column)
         for row in result.rows
-        for column in manifest.REQUIRED
+        for column in REQUIRED
         if not row.get(column) and column not in ("image", "measurement")
     ]
     return result
@@ -148,7 +149,7 @@ def _pair(content: Content, root: Path, result: Draft) -> None:
 
 def _row(found: Found, base: Path) -> dict[str, str]:
     row = {"slide_id": found.name, "platform": found.platform, **found.cells}
-    if found.platform == manifest.IMAGE_ONLY:
+    if found.platform == IMAGE_ONLY:
         found.image = found.path
     else:
         row["measurement"] = _from(found.path, base)
@@ -202,7 +203,7 @@ def write(folder: Path, out: Path, force: bool) -> str:
         lines.append(f"note: its paths start from {folder.name}; give --root with that folder to every command")
     if found.blanks:
         lines.append(f"{len(found.blanks)} cells are blank and must be filled in:")
-        for column in manifest.REQUIRED:
+        for column in REQUIRED:
             slides = [slide for slide, blank in found.blanks if blank == column]
             if slides:
                 lines.append(f"  {column}: {_listed(slides, len(found.rows))}")

@@ -1,7 +1,7 @@
 """What lies in a folder: measurements by their layout and content, and images.
 
-In: a folder. Out: a `Found` for each measurement (Space Ranger outs, Visium HD, Xenium, CosMx, HEST-1k, legacy ST,
-h5ad), and the images that may be slides. Only names, headers and lists of genes are read; nothing is believed that the
+In: a folder. Out: a `Found` for each measurement (Space Ranger outs, Visium HD, Xenium, CosMx, HEST-1k, SpatialData,
+legacy ST, h5ad), and the images that may be slides. Only names, headers and lists of genes are read; nothing is believed that the
 files do not tell.
 """
 
@@ -263,6 +263,8 @@ def _claimed(folder: Path, names: set[str]) -> list[Found]:
     """The measurements of which this very folder is the root."""
     if {"st", "wsis"} <= names:
         return list(_hest(folder, names))
+    if folder.suffix == ".zarr" and {"table", "tables"} & names:
+        return [Found(folder.stem, "", folder, folder, cells={"format": "spatialdata"})]
     for detect in (_visium_hd, _xenium, _space_ranger, _cosmx):
         if found := detect(folder, names):
             return [found]
@@ -302,7 +304,7 @@ def look(root: Path) -> Content:
         content.measurements += found
         if found:
             folders[:] = [f for f in folders if not _VENDORS_OWN.fullmatch(f)]
-        if found and "format" in found[0].cells:  # a HEST root is told whole by its own lists
+        if found and "format" in found[0].cells:  # a HEST root or a SpatialData zarr is told whole by its own lists
             folders.clear()
             continue
         own = {found[0].image} if found else set()

@@ -24,22 +24,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.columns import IMAGE_ONLY as IMAGE_ONLY
+from data_prep.columns import OPTIONAL, REQUIRED, bare
 from data_prep.platforms import FORMATS, VENDORS, Source
 from storm import files, schema
 from storm.commands import guarded
 from storm.presets import nearest
 
-REQUIRED = ("slide_id", "image", "measurement", "platform", "donor", "study", "organ", "species")
-OPTIONAL = (
-    "format", "unit", "spots", "mpp", "space_um", "alignment", "split", "section", "assume_aligned", "tissue",
-    "license", "use_terms",
-)  # fmt: skip
 SPECIES = ("human", "mouse")
-IMAGE_ONLY = "image"
 MPP_RANGE = (0.02, 20.0)  # outside it a value is a slip of the pen
 SPACE_RANGE = (0.02, 1000.0)  # the unit may be a mm, or the pitch of a lattice
 _UNIT = re.compile(r"cell|(square|disc)\d{1,3}um")
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs a cell that starts so
 
 
 @dataclass(frozen=True)
@@ -92,8 +87,7 @@ class _Reader:
         self.faults.append(f"line {self.line}, column {column}: {text}")
 
     def text(self, column: str) -> str:
-        value = self.cells.get(column, "").strip()
-        return value[1:] if value[:1] == "'" and value[1:].startswith(_FORMULA) else value
+        return bare(self.cells.get(column, "").strip())
 
     def required(self, column: str, cure: str) -> str:
         value = self.text(column)
@@ -201,11 +195,6 @@ def _cells(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     if not lines:
         raise ValueError(f"{path}: is empty; the first line names the columns {', '.join(REQUIRED)}")
     return lines[0][1], iter([(n, row) for n, row in lines[1:] if any(cell.strip() for cell in row)])
-
-
-def inert(cell: str) -> str:
-    """The cell as a spreadsheet shows it and does not run it: one that starts like a formula gets an apostrophe."""
-    return f"'{cell}" if cell.startswith(_FORMULA) else cell
 
 
 def _header_faults(header: list[str]) -> list[str]:

@@ -109,6 +109,14 @@ def test_a_hest_root_is_told_by_its_metadata(tmp_path: Path) -> None:
     assert (unknown.platform, unknown.image, unknown.cells) == ("", None, {"format": "hest"})
 
 
+def test_a_spatialdata_zarr_is_one_measurement(tmp_path: Path) -> None:
+    (tmp_path / "a.zarr" / "tables" / "table").mkdir(parents=True)
+    (tmp_path / "a.zarr" / "images").mkdir()
+    (tmp_path / "b.zarr" / "images").mkdir(parents=True)
+    (one,) = layouts.look(tmp_path).measurements
+    assert (one.name, one.platform, one.path, one.cells) == ("a", "", tmp_path / "a.zarr", {"format": "spatialdata"})
+
+
 def test_tables_of_legacy_st_are_known_by_content(tmp_path: Path) -> None:
     genes = ["TP53", "EGFR", "ERBB2", "MKI67", "CD3E", "CD4", "CD8A", "MS4A1", "EPCAM", "VIM", "ACTB"]
     write_st(tmp_path, genes=genes)
