@@ -33,6 +33,9 @@ class Held:
     def height_px0(self) -> int:
         return self.pixels.shape[0]
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def read(self, x_px0: int, y_px0: int, w_px0: int, h_px0: int, out_px: int) -> Pixels:
         if x_px0 < self.damaged_px0:
             raise DecodeError("damaged")

@@ -70,7 +70,7 @@ def alike(a: str, b: str) -> float:
 
 
 def jpeg(pixels: Pixels, quality: int) -> Pixels:
-    return np.asarray(cv2.imdecode(cv2.imencode(".jpg", pixels[..., ::-1], [1, quality])[1], 1)[..., ::-1])
+    return np.asarray(cv2.imdecode(cv2.imencode(".jpg", pixels[..., ::-1], [1, quality])[1], 1))[..., ::-1]
 
 
 COPIES = {
@@ -99,9 +99,9 @@ def test_other_sections_are_not_taken_for_copies() -> None:
 def test_real_neighbours_differ_and_their_copies_do_not(real_data: Path, tmp_path: Path) -> None:
     """her2st C2, C3, C4 are neighbouring sections of one donor; C4 once more, in JPEG tiles of quality 70."""
     paths = sorted((real_data / "her2st/data/ST-imgs/C").glob("*/*.jpg"))
-    pictures = [cv2.imread(str(path), cv2.IMREAD_REDUCED_COLOR_4)[..., ::-1] for path in paths]
+    pictures = [np.asarray(cv2.imread(str(path), cv2.IMREAD_REDUCED_COLOR_4))[..., ::-1] for path in paths]
     made = [info(path.parent.name, image=signs(picture, 2.76)) for path, picture in zip(paths, pictures, strict=True)]
-    larger = np.ascontiguousarray(cv2.imread(str(paths[2]), cv2.IMREAD_REDUCED_COLOR_2)[..., ::-1])
+    larger = np.ascontiguousarray(np.asarray(cv2.imread(str(paths[2]), cv2.IMREAD_REDUCED_COLOR_2))[..., ::-1])
     tifffile.imwrite(tmp_path / "copy.tif", larger, tile=(256, 256), photometric="rgb", compression="jpeg",
                      compressionargs={"level": 70}, metadata=None)  # fmt: skip
     slide = open_slide(tmp_path / "copy.tif", 150)

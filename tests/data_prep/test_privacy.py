@@ -5,6 +5,7 @@ what the machine tells of its user. Donors and slides may be named in stores and
 """
 
 import json
+import os
 import socket
 import tarfile
 import types
@@ -28,7 +29,7 @@ from data_prep import pack
 from data_prep.synthetic.cells import draw_cells
 from data_prep.synthetic.cosmx import CONTROLS, write_cosmx
 from data_prep.synthetic.xenium import write_xenium
-from storm import files, genes, store
+from storm import genes, store
 from tests.data_prep.platforms.xenium_files import drawn_section
 from tests.data_prep.vendors import MPP, tissue, write_manifest, write_st, write_tiff, write_visium
 
@@ -70,9 +71,9 @@ def ome(path: Path) -> Path:
     tifffile.imwrite(path, PICTURE, ome=True, tile=(64, 64), photometric="rgb", metadata=metadata)
     who = f'<Experimenter ID="Experimenter:0" FirstName="{MARK}" LastName="{MARK}" UserName="{MARK}" Email="{MARK}"/>'
     what = f'<Project ID="Project:0" Name="{MARK}"/><Instrument ID="I:0"><Microscope Model="{MARK}"/></Instrument>'
-    xml = tifffile.tiffcomment(path).replace("<Image ", f"{what}{who}<Image ", 1)
+    xml = str(tifffile.tiffcomment(path)).replace("<Image ", f"{what}{who}<Image ", 1)
     tifffile.tiffcomment(path, xml.encode())
-    assert tifffile.tiffcomment(path).count(MARK) > 7
+    assert str(tifffile.tiffcomment(path)).count(MARK) > 7
     return path
 
 
@@ -162,12 +163,12 @@ def everything_in(path: Path) -> bytes:
 
 
 @pytest.fixture
-def marked_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine and its user are named by the marker; nobody may open a label or a macro."""
+def marked_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine and its user are named by the marker (tmp_path was named before); nobody opens a label or macro."""
     unseen = property(lambda self: pytest.fail("label or macro was read"))
     monkeypatch.setattr(openslide.OpenSlide, "associated_images", unseen)
     monkeypatch.setattr(socket, "gethostname", lambda: MARK)
-    monkeypatch.setattr(files.os, "uname", lambda: types.SimpleNamespace(nodename=MARK))
+    monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(nodename=MARK))
     for variable in ("USER", "LOGNAME", "HOSTNAME", "SLURM_JOB_USER", "SLURM_JOB_NAME"):
         monkeypatch.setenv(variable, MARK)
 

@@ -100,7 +100,7 @@ def of_profiles(**changes: npt.NDArray) -> dict[str, npt.NDArray]:
         "control": np.array([0, 0, 0, 40, 0, 0]), "in_tissue": np.array([1, 1, 1, 1, 1, 0], np.int8),
         "tissue": np.array([1, 1, 1, 1, 0.01, np.nan], np.float32),
     } | changes  # fmt: skip
-    return quality.profile_quality(*arrays.values(), config=PrepConfig())  # type: ignore[arg-type]
+    return quality.profile_quality(**arrays, config=PrepConfig())
 
 
 def test_flags_of_profiles() -> None:
