@@ -144,7 +144,7 @@ def _gene_map(
     names, symbols = ([texts[c] for c in is_gene] for texts in (measured.names, measured.symbols))
     found = genes.map_columns(names, symbols, row.species, aliases)
     if not len(found.table):
-        raise ValueError(f"{row.measurement}: all {len(measured.names)} columns are technical controls; give the "
+        raise ValueError(f"{row.measurement}: all {len(is_gene)} columns are technical controls; give the "
                          "counts of genes")  # fmt: skip
     if found.mapped_share < config.min_mapped:
         raise ValueError(

@@ -186,9 +186,9 @@ def scale_factors(path: Path) -> dict[str, Any]:
     return scale
 
 
-def probe_set(*folders: Path) -> Path | None:
-    """The probe set of a run on fixed tissue, in the first of the folders that has one."""
-    return next((found for folder in folders if (found := maybe(folder, ("probe_set.csv",)))), None)
+def probe_set(outs: Path) -> Path | None:
+    """The probe set of a run on fixed tissue; None where the run had none."""
+    return maybe(outs, ("probe_set.csv",))
 
 
 def measured_kinds(matrix: Matrix, probes: Path | None) -> tuple[npt.NDArray[np.uint8], list[str]]:

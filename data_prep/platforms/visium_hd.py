@@ -68,11 +68,19 @@ def _segmented(folder: Path) -> Path | None:
     return folder if bare else maybe(folder, ("segmented_outputs",))
 
 
+def _outs(folder: Path) -> Path:
+    """The outs folder that a part of it lies in."""
+    folder = folder.absolute()
+    while re.search(r"(^|_)(square_\d{3}um|binned_outputs|segmented_outputs)$", folder.name):
+        folder = folder.parent
+    return folder
+
+
 def _locate(source: Source) -> _Files:
     """The files of the asked unit. Raises ValueError where they are not there, naming the units that are."""
     unit, folder = source.unit or DEFAULT_UNIT, _unpacked(source.measurement)
     bins, cells = _bins(folder), _segmented(folder)
-    probes = spaceranger.probe_set(folder, *folder.absolute().parents[:2])
+    probes = spaceranger.probe_set(_outs(folder))
     size = int(unit.removeprefix("square").removesuffix("um")) if unit != CELL else 0
     if (unit == CELL and not cells) or (unit != CELL and size not in bins):
         there = [f"square{n}um" for n in sorted(bins)] + [CELL] * bool(cells)

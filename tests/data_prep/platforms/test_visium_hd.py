@@ -14,7 +14,7 @@ import pytest
 from data_prep import align, platforms
 from data_prep.manifest import ManifestRow
 from data_prep.one_slide import build_slide
-from data_prep.platforms import Measurement, Source, segmented, spaceranger, visium_hd
+from data_prep.platforms import GENE, OTHER, Measurement, Source, segmented, spaceranger, visium_hd
 from data_prep.profiles import place, polygon_areas
 from data_prep.synthetic.visium_hd import Section, write_bins, write_cells, write_visium_hd
 from storm.config import PrepConfig
@@ -121,6 +121,17 @@ def bundle(folder: Path) -> Path:
 def test_the_folders_it_comes_in(outs: Path, written: Path, change: Callable[[Path], Path]) -> None:
     found = read(change(outs))
     np.testing.assert_array_equal(dense(found), truth(written / H5))
+
+
+@pytest.mark.parametrize("part", ["", "binned_outputs", BINS])
+def test_the_probe_set_lies_in_the_outs_folder_and_not_above_it(outs: Path, part: str) -> None:
+    header = "gene_id,probe_seq,probe_id,included,region\n"
+    (outs.parent / "probe_set.csv").write_text(header)  # of something else
+    names = read(outs).names
+    (outs / "probe_set.csv").write_text(header + "".join(f"{name},A,B,TRUE,spliced\n" for name in names[4:]))
+    found = read(outs / part)
+    assert found.column_kind.tolist() == [OTHER] * 4 + [GENE] * (GENES - 4)
+    assert found.notes == ["4 genes that the probe set does not reach are not measured"]
 
 
 def test_archives_are_told_to_be_unpacked(tmp_path: Path) -> None:
