@@ -59,7 +59,7 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if not shutil.which(name, path=_PATH)]
 
 
-def until(true: Callable[[], object], what: str, seconds: float = 60, pause: float = 0.1) -> None:
+def until(true: Callable[[], object], what: str, seconds: float = 60, pause: float = 0.2) -> None:
     """Wait for something. Raises TimeoutError."""
     end = time.monotonic() + seconds
     while not true():
