@@ -69,7 +69,7 @@ def _locate(source: Source) -> _Files:
     if not folder.is_dir():
         raise ValueError(f"{folder}: is no folder; {_CURE}")
     shared = (found.maybe(folder, _names("fov_positions_file")), source.alignment)
-    if units.footprint(source.unit, "cosmx"):
+    if pooling.square_of(source.unit, "cosmx"):
         return _Files(*shared, molecules=found.one(folder, _names("tx_file"), "molecules", _CURE))
     drawn = sorted({p for name in _names("polygons") for p in (*folder.glob(f"*[-_]{name}"), *folder.glob(name))})
     if len(drawn) > 1:
@@ -94,7 +94,7 @@ def read(source: Source) -> Measurement:
         ValueError: files are missing, damaged, or not of one section; or nothing tells the size of a pixel.
     """
     files = _locate(source)
-    square = units.footprint(source.unit, "cosmx")
+    square = pooling.square_of(source.unit, "cosmx")
     made = _squares(files, source.space_um, square) if square else _cells(files, source.space_um)
     notes: list[str] = made["notes"]
     if files.alignment:

@@ -11,12 +11,24 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.platforms import GENE, Rows, row_blocks
-from storm.schema import CountBlock
+from data_prep.platforms import GENE, Rows, row_blocks, units
+from storm.schema import SQUARE, CountBlock
 
 _PENDING = 1 << 22  # keys that wait before equal ones are joined
 _PASS_MOLECULES = 1 << 23  # of one pass over the file
 _OFFSET = 1 << 30  # makes numbers of squares positive; two of them fit into one of 63 bits
+
+
+def square_of(unit: str, platform: str) -> units.Footprint | None:
+    """The squares that a manifest's `unit` asks for, None where it asks for cells.
+
+    Raises:
+        ValueError: it asks for discs.
+    """
+    asked = units.footprint(unit, platform)
+    if asked and asked.shape != SQUARE:
+        raise ValueError(f"unit {unit}: {platform} is read as cells or pooled into squares; write cell or square<N>um")
+    return asked
 
 
 class Molecules(NamedTuple):

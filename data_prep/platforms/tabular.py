@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 _ROWS = 1 << 18  # of a batch of parquet
-_CSV_BYTES = 1 << 24  # of a batch of csv
+_CSV_BYTES = 1 << 22  # of a batch of csv
 _DAMAGED = (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException)
 
 

@@ -68,7 +68,7 @@ def _locate(source: Source) -> _Files:
         raise ValueError(f"{folder}: is no folder; {_CURE}")
     experiment, matrix = (found.maybe(folder, (name,)) for name in ("experiment.xenium", "cell_feature_matrix.h5"))
     shared = (experiment, _alignment_of(source), matrix)
-    if units.footprint(source.unit, "xenium"):
+    if pooling.square_of(source.unit, "xenium"):
         return _Files(*shared, transcripts=found.one(folder, _TRANSCRIPTS, "transcripts", _CURE))
     cells = found.one(folder, _CELLS, "table of cells", f"{_CURE}, or pool transcripts with unit square<N>um")
     if matrix is None:
@@ -90,7 +90,7 @@ def read(source: Source) -> Measurement:
     files = _locate(source)
     told = _experiment(files.experiment)
     space_um = _space_um(source, told, files.experiment)
-    square = units.footprint(source.unit, "xenium")
+    square = pooling.square_of(source.unit, "xenium")
     made = _squares(files, square, space_um) if square else _cells(files, space_um)
     matrix, word, facts, notes = _aligned(files.alignment, space_um)
     made["notes"] += notes

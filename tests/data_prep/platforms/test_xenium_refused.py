@@ -185,6 +185,11 @@ def test_squares_that_are_refused(bundle: Path, name: str) -> None:
         xenium.read(source(bundle, unit="square16um"))
 
 
+def test_discs_are_refused(bundle: Path) -> None:
+    with pytest.raises(ValueError, match=r"unit disc55um: xenium is read as cells or pooled into squares; write cell"):
+        xenium.inputs(source(bundle, unit="disc55um"))
+
+
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none: is no folder; give the folder that the Xenium instrument"):
         xenium.inputs(source(tmp_path / "none"))
