@@ -1,4 +1,4 @@
-"""Fixtures of the tests of readers: a section of single cells as a Xenium bundle."""
+"""Fixtures of the tests of readers: a section of single cells as a Xenium bundle, and one of Visium HD."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.synthetic.cells import CellSection
+from data_prep.synthetic.visium_hd import write_visium_hd
 from data_prep.synthetic.xenium import write_xenium
 from tests.data_prep.platforms.xenium_files import drawn_section
 
@@ -28,3 +29,17 @@ def xenium_written(section: CellSection, tmp_path_factory: pytest.TempPathFactor
 def bundle(xenium_written: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
     return shutil.copytree(xenium_written, tmp_path / "bundle")
+
+
+@pytest.fixture(scope="session")
+def hd_written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An outs folder of 20 x 20 bins of 8 um over 60 genes, 225 cells and an image of 0.5 um/px, not to be changed."""
+    folder = tmp_path_factory.mktemp("hd") / "outs"
+    write_visium_hd(folder, 20, mean_genes=12, gene_count=60, cells=True, image=True)
+    return folder
+
+
+@pytest.fixture
+def hd_outs(hd_written: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return shutil.copytree(hd_written, tmp_path / "outs")

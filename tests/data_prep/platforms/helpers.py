@@ -35,6 +35,17 @@ def sparse(found: Measurement) -> csr_matrix:
     return csr_matrix((count, gene, np.concatenate([[0], np.cumsum(length)])), shape=shape)
 
 
+def truth(path: Path) -> np.ndarray:
+    """[barcodes, features] by h5py alone."""
+    with h5py.File(path) as root:
+        group = root["matrix"]
+        features, barcodes = group["shape"][...]
+        row = np.repeat(np.arange(barcodes), np.diff(group["indptr"][...]))
+        found = np.zeros((barcodes, features), np.int64)
+        found[row, group["indices"][...]] = group["data"][...]
+    return found
+
+
 def fit(found: Measurement) -> align.LatticeFit:
     """The lattice in the measurement's own space."""
     assert found.lattice_um is not None

@@ -1,7 +1,6 @@
 """Visium HD: bins of each size, segmented cells, the folders they come in, contradictions, and memory's blocks."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,13 +13,13 @@ import pytest
 from data_prep import align, platforms
 from data_prep.manifest import ManifestRow
 from data_prep.one_slide import build_slide
-from data_prep.platforms import GENE, OTHER, Measurement, Source, segmented, spaceranger, visium_hd
-from data_prep.profiles import place, polygon_areas
-from data_prep.synthetic.visium_hd import Section, write_bins, write_cells, write_visium_hd
+from data_prep.platforms import GENE, OTHER, Measurement, Source, spaceranger, visium_hd
+from data_prep.profiles import place
+from data_prep.synthetic.visium_hd import Section, write_bins, write_visium_hd
 from storm.config import PrepConfig
 from storm.schema import POLYGON, SQUARE
 from storm.store import SlideStore
-from tests.data_prep.platforms.helpers import dense, edit, fit, mex_of, sparse
+from tests.data_prep.platforms.helpers import dense, edit, fit, mex_of, sparse, truth
 
 SIDE, GENES, MPP = 20, 60, 0.5
 BINS = "binned_outputs/square_008um"
@@ -28,20 +27,6 @@ H5, PARQUET, JSON = (f"{BINS}/{name}" for name in (
     "filtered_feature_bc_matrix.h5", "spatial/tissue_positions.parquet", "spatial/scalefactors_json.json"))  # fmt: skip
 CELLS, OUTLINES = "segmented_outputs/filtered_feature_cell_matrix.h5", "segmented_outputs/cell_segmentations.geojson"
 TINY = PrepConfig(tile_px=56, tile_mpp=1.0)
-
-
-@pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An outs folder of 400 bins of 8 um, 225 cells and an image."""
-    folder = tmp_path_factory.mktemp("hd") / "outs"
-    write_visium_hd(folder, SIDE, mean_genes=12, gene_count=GENES, cells=True, image=True, mpp=MPP)
-    return folder
-
-
-@pytest.fixture
-def outs(written: Path, tmp_path: Path) -> Path:
-    """A copy of its own."""
-    return shutil.copytree(written, tmp_path / "outs")
 
 
 def read(folder: Path, unit: str = "", **told) -> Measurement:
@@ -52,26 +37,15 @@ def row_of(folder: Path, image: Path | None = None, unit: str = "", **told) -> M
     return ManifestRow("s", image, folder, "visium_hd", unit=unit, **told)
 
 
-def truth(path: Path) -> np.ndarray:
-    """[barcodes, features] by h5py alone."""
-    with h5py.File(path) as root:
-        group = root["matrix"]
-        features, barcodes = group["shape"][...]
-        row = np.repeat(np.arange(barcodes), np.diff(group["indptr"][...]))
-        found = np.zeros((barcodes, features), np.int64)
-        found[row, group["indices"][...]] = group["data"][...]
-    return found
-
-
-def test_bins(written: Path) -> None:
-    found = read(written)
+def test_bins(hd_written: Path) -> None:
+    found = read(hd_written)
     assert (found.platform, found.kind, len(found.ids)) == ("visium_hd", "bin", SIDE**2)
     assert (found.footprint_um == 8).all()
     assert (found.footprint_kind == SQUARE).all()
     assert found.in_tissue is not None
     assert (found.in_tissue == 1).all()
-    np.testing.assert_array_equal(dense(found), truth(written / H5))
-    table = pq.read_table(written / PARQUET).to_pandas().set_index("barcode").loc[found.ids]
+    np.testing.assert_array_equal(dense(found), truth(hd_written / H5))
+    table = pq.read_table(hd_written / PARQUET).to_pandas().set_index("barcode").loc[found.ids]
     np.testing.assert_array_equal(found.xy, table[["pxl_col_in_fullres", "pxl_row_in_fullres"]])
     assert found.reported_mpp == MPP
     assert fit(found).mpp == pytest.approx(MPP, rel=1e-9)
@@ -118,18 +92,18 @@ def bundle(folder: Path) -> Path:
         lambda f: flattened(prefixed(f)),
     ],
 )  # fmt: skip
-def test_the_folders_it_comes_in(outs: Path, written: Path, change: Callable[[Path], Path]) -> None:
-    found = read(change(outs))
-    np.testing.assert_array_equal(dense(found), truth(written / H5))
+def test_the_folders_it_comes_in(hd_outs: Path, hd_written: Path, change: Callable[[Path], Path]) -> None:
+    found = read(change(hd_outs))
+    np.testing.assert_array_equal(dense(found), truth(hd_written / H5))
 
 
 @pytest.mark.parametrize("part", ["", "binned_outputs", BINS])
-def test_the_probe_set_lies_in_the_outs_folder_and_not_above_it(outs: Path, part: str) -> None:
+def test_the_probe_set_lies_in_the_outs_folder_and_not_above_it(hd_outs: Path, part: str) -> None:
     header = "gene_id,probe_seq,probe_id,included,region\n"
-    (outs.parent / "probe_set.csv").write_text(header)  # of something else
-    names = read(outs).names
-    (outs / "probe_set.csv").write_text(header + "".join(f"{name},A,B,TRUE,spliced\n" for name in names[4:]))
-    found = read(outs / part)
+    (hd_outs.parent / "probe_set.csv").write_text(header)  # of something else
+    names = read(hd_outs).names
+    (hd_outs / "probe_set.csv").write_text(header + "".join(f"{name},A,B,TRUE,spliced\n" for name in names[4:]))
+    found = read(hd_outs / part)
     assert found.column_kind.tolist() == [OTHER] * 4 + [GENE] * (GENES - 4)
     assert found.notes == ["4 genes that the probe set does not reach are not measured"]
 
@@ -148,142 +122,28 @@ def test_archives_are_told_to_be_unpacked(tmp_path: Path) -> None:
         read(tmp_path / "empty")
 
 
-def test_mex_equals_h5(outs: Path, written: Path) -> None:
-    mex_of(outs / H5)
-    np.testing.assert_array_equal(dense(read(outs)), truth(written / H5))
-    assert len(visium_hd.inputs(Source("visium_hd", outs))) == 5
+def test_mex_equals_h5(hd_outs: Path, hd_written: Path) -> None:
+    mex_of(hd_outs / H5)
+    np.testing.assert_array_equal(dense(read(hd_outs)), truth(hd_written / H5))
+    assert len(visium_hd.inputs(Source("visium_hd", hd_outs))) == 5
 
 
-def test_a_raw_matrix_keeps_what_is_in_tissue(outs: Path, written: Path) -> None:
-    table = pq.read_table(outs / PARQUET)
+def test_a_raw_matrix_keeps_what_is_in_tissue(hd_outs: Path, hd_written: Path) -> None:
+    table = pq.read_table(hd_outs / PARQUET)
     word = pa.array(np.where(np.arange(len(table)) % 3 == 0, 0, table["in_tissue"].to_numpy()).astype(np.int32))
-    pq.write_table(table.set_column(1, "in_tissue", word), outs / PARQUET)
-    (outs / H5).rename(outs / H5.replace("filtered", "raw"))
-    found = read(outs)
-    kept = np.isin([name.decode() for name in h5py.File(written / H5)["matrix/barcodes"]], found.ids)
+    pq.write_table(table.set_column(1, "in_tissue", word), hd_outs / PARQUET)
+    (hd_outs / H5).rename(hd_outs / H5.replace("filtered", "raw"))
+    found = read(hd_outs)
+    kept = np.isin([name.decode() for name in h5py.File(hd_written / H5)["matrix/barcodes"]], found.ids)
     assert 0.6 < kept.mean() < 0.7
     assert found.notes == [f"raw matrix: {(~kept).sum()} barcodes that are not in tissue are left out"]
-    np.testing.assert_array_equal(dense(found), truth(written / H5)[kept])
-
-
-def test_cells(written: Path) -> None:
-    found = read(written, "cell")
-    assert (found.kind, len(found.ids)) == ("cell", 225)
-    assert found.ids[1] == "cellid_000000003-1"  # numbers have gaps: the join is by name
-    assert (found.footprint_kind == POLYGON).all()
-    np.testing.assert_array_equal(dense(found), truth(written / CELLS))
-    features = json.loads((written / OUTLINES).read_text())["features"]
-    assert found.polygon_indptr is not None
-    assert found.polygon_xy is not None
-    for i in (0, 17, 224):
-        ring = np.array(features[i]["geometry"]["coordinates"][0])
-        own = found.polygon_xy[found.polygon_indptr[i] : found.polygon_indptr[i + 1]]
-        np.testing.assert_array_equal(own, ring[:-1])  # the closing vertex is not kept
-    areas = polygon_areas(found.polygon_indptr, found.polygon_xy) * MPP**2
-    assert np.median(areas) == pytest.approx(3 * 4.0**2, rel=0.1)  # a twelve-gon of radius 4 um
-    assert found.lattice_um is not None  # that of the bins beside them
-    assert fit(found).mpp == pytest.approx(MPP, rel=1e-9)
-
-
-def test_cells_in_another_order_than_their_outlines(outs: Path) -> None:
-    expected = read(outs, "cell")
-    content = json.loads((outs / OUTLINES).read_text())
-    content["features"].reverse()
-    (outs / OUTLINES).write_text(json.dumps(content, indent=2))
-    found = read(outs, "cell")
-    np.testing.assert_array_equal(found.xy, expected.xy)
-    np.testing.assert_array_equal(found.polygon_xy, expected.polygon_xy)
-
-
-@pytest.mark.parametrize("block", [64, 1000, 1 << 20])
-def test_outlines_are_read_in_blocks_of_any_size(written: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    expected = segmented.read(written / OUTLINES)
-    monkeypatch.setattr(segmented, "_BLOCK", block)
-    found = segmented.read(written / OUTLINES)
-    np.testing.assert_array_equal(found.xy, expected.xy)
-    np.testing.assert_array_equal(found.indptr, expected.indptr)
-
-
-def test_centres_are_centres_of_mass(written: Path) -> None:
-    import shapely
-
-    found = segmented.read(written / OUTLINES)
-    polygons = [shapely.Polygon(found.xy[a:b]) for a, b in zip(found.indptr[:-1], found.indptr[1:], strict=True)]
-    np.testing.assert_allclose(found.positions.xy, [p.centroid.coords[0] for p in polygons], atol=1e-9)
-    flat = np.array([[0.0, 0], [2, 0], [4, 0], [0, 0], [2, 0], [2, 2], [0, 2]])
-    centres = segmented.centroids(np.array([0, 3, 7]), flat)
-    np.testing.assert_allclose(centres, [[2, 0], [1, 1]])
-
-
-def test_cells_without_bins_beside_them_take_the_vendors_pixel_size(tmp_path: Path) -> None:
-    write_cells(tmp_path, Section(SIDE), 12, GENES)
-    found = read(tmp_path / "segmented_outputs", "cell")
-    assert found.lattice_um is None
-    placed = place(row_of(tmp_path), None, found, PrepConfig())
-    assert (placed.mpp.value, placed.mpp.source) == (0.5, "matrix")
-    (tmp_path / "segmented_outputs/spatial/scalefactors_json.json").write_text("{}")
-    unknown = read(tmp_path, "cell")
-    with pytest.raises(ValueError, match=r"the pixel size \(mpp\) is unknown; give um per pixel in the column mpp"):
-        place(row_of(tmp_path), None, unknown, PrepConfig())
-
-
-def test_a_few_cells_without_outline_are_left_out_more_are_refused(outs: Path) -> None:
-    whole = dense(read(outs, "cell"))
-    content = json.loads((outs / OUTLINES).read_text())
-    (outs / OUTLINES).write_text(json.dumps(content | {"features": content["features"][3:]}))
-    found = read(outs, "cell")
-    assert found.notes[0] == "3 barcodes without an outline are left out"
-    np.testing.assert_array_equal(dense(found), whole[3:])
-    (outs / OUTLINES).write_text(json.dumps(content | {"features": content["features"][:100]}))
-    with pytest.raises(ValueError, match=r"125 of 225 barcodes \(as 'cellid_0.*are not in cell_segmentations\.geojson"):
-        read(outs, "cell")
-
-
-def test_the_annotated_outlines_will_do_and_never_come_first(outs: Path) -> None:
-    annotated = outs / "segmented_outputs/graphclust_annotated_cell_segmentations.geojson"
-    (outs / OUTLINES).rename(annotated)
-    assert len(read(outs, "cell").ids) == 225
-    annotated.rename(annotated.with_name("P1_cell_segmentations.geojson"))
-    annotated.write_text("{}")
-    assert len(read(outs, "cell").ids) == 225
-
-
-def test_the_largest_part_of_a_cell_is_its_outline(outs: Path) -> None:
-    content = json.loads((outs / OUTLINES).read_text())
-    geometry = content["features"][5]["geometry"]
-    small = [[[0, 0], [1, 0], [1, 1], [0, 0]]]
-    geometry.update({"type": "MultiPolygon", "coordinates": [small, geometry["coordinates"], small]})
-    expected = read(outs, "cell")
-    (outs / OUTLINES).write_text(json.dumps(content))
-    found = read(outs, "cell")
-    np.testing.assert_array_equal(found.polygon_xy, expected.polygon_xy)
-    assert found.notes == ["1 cells have several parts, of which the largest is their outline"]
+    np.testing.assert_array_equal(dense(found), truth(hd_written / H5)[kept])
 
 
 def edited(path: Path, change: Callable[[dict], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda text: text[: len(text) // 2], "it breaks off or is no JSON"),
-        (lambda text: "{}", "it holds no features"),
-        (lambda text: '{"features": []}', "holds no cell"),
-        (lambda text: '{"features": [nonsense', "feature 1: .*it breaks off or is no JSON"),
-        (lambda text: text.replace('"cell_id": 3', '"cell_id": 1'), "cell 1 comes twice"),
-        (lambda text: text.replace('"cell_id": 3', '"id": 3'), "feature 2: KeyError.*cell_id"),
-        (lambda text: text.replace('"Polygon"', '"Point"', 1), "feature 1: KeyError.*Point"),
-        (lambda text: text.replace("[[[", "[[[NaN, NaN], [", 1), "feature 1: .*fewer than three places"),
-        (lambda text: '{"features": [' + "[" * 5000, "no readable outlines of cells"),
-    ],
-)
-def test_outlines_with_faults(outs: Path, change: Callable[[str], str], message: str) -> None:
-    (outs / OUTLINES).write_text(change((outs / OUTLINES).read_text()))
-    with pytest.raises(ValueError, match=rf"cell_segmentations\.geojson: .*{message}"):
-        read(outs, "cell")
 
 
 def set_column(path: Path, name: str, change) -> None:
@@ -306,19 +166,19 @@ def set_column(path: Path, name: str, change) -> None:
         ("barcode", lambda a: [f"other_{i}" for i in range(len(a))], "400 of 400 barcodes .*give the positions of the"),
     ],
 )
-def test_positions_with_faults(outs: Path, name: str, change, message: str) -> None:
-    set_column(outs / PARQUET, name, change)
+def test_positions_with_faults(hd_outs: Path, name: str, change, message: str) -> None:
+    set_column(hd_outs / PARQUET, name, change)
     with pytest.raises(ValueError, match=message):
-        read(outs)
+        read(hd_outs)
 
 
-def test_a_cut_parquet_is_named(outs: Path) -> None:
-    (outs / PARQUET).write_bytes((outs / PARQUET).read_bytes()[:-100])
+def test_a_cut_parquet_is_named(hd_outs: Path) -> None:
+    (hd_outs / PARQUET).write_bytes((hd_outs / PARQUET).read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"tissue_positions\.parquet: no readable parquet"):
-        read(outs)
-    (outs / PARQUET).unlink()
+        read(hd_outs)
+    (hd_outs / PARQUET).unlink()
     with pytest.raises(ValueError, match="has no positions"):
-        read(outs)
+        read(hd_outs)
 
 
 @pytest.mark.parametrize(
@@ -330,37 +190,37 @@ def test_a_cut_parquet_is_named(outs: Path) -> None:
         ({"bin_size_um": True}, "bin_size_um is no positive number"),
     ],
 )
-def test_scale_factors_that_contradict_each_other(outs: Path, values: dict, message: str) -> None:
-    edited(outs / JSON, lambda scale: scale.update(values))
+def test_scale_factors_that_contradict_each_other(hd_outs: Path, values: dict, message: str) -> None:
+    edited(hd_outs / JSON, lambda scale: scale.update(values))
     with pytest.raises(ValueError, match=rf"scalefactors_json\.json: .*{message}"):
-        read(outs)
+        read(hd_outs)
 
 
 @pytest.mark.parametrize("gone", ["bin_size_um", "microns_per_pixel", "spot_diameter_fullres"])
-def test_scale_factors_may_lack_one(outs: Path, gone: str) -> None:
-    edited(outs / JSON, lambda scale: scale.pop(gone))
-    assert read(outs).reported_mpp == pytest.approx(MPP)
+def test_scale_factors_may_lack_one(hd_outs: Path, gone: str) -> None:
+    edited(hd_outs / JSON, lambda scale: scale.pop(gone))
+    assert read(hd_outs).reported_mpp == pytest.approx(MPP)
 
 
-def test_bins_of_another_size_than_their_folder_says_are_refused(outs: Path) -> None:
-    set_column(outs / PARQUET, "array_row", lambda a: [v / 2 for v in a])
-    set_column(outs / PARQUET, "array_col", lambda a: [v / 2 for v in a])
+def test_bins_of_another_size_than_their_folder_says_are_refused(hd_outs: Path) -> None:
+    set_column(hd_outs / PARQUET, "array_row", lambda a: [v / 2 for v in a])
+    set_column(hd_outs / PARQUET, "array_col", lambda a: [v / 2 for v in a])
     with pytest.raises(ValueError, match=r"mpp 0\.2500 \(lattice\) and 0\.5000 \(scalefactors\) are 100 % apart"):
-        place(row_of(outs), None, read(outs), PrepConfig())
+        place(row_of(hd_outs), None, read(hd_outs), PrepConfig())
 
 
-def test_a_large_grid_gives_every_kth_place_to_the_fit(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_grid_gives_every_kth_place_to_the_fit(hd_written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visium_hd, "_LATTICE_POINTS", 50)
-    found = read(written)
+    found = read(hd_written)
     assert found.lattice_um is not None
     assert 40 <= len(found.lattice_um) <= 50
     assert fit(found).mpp == pytest.approx(MPP, rel=1e-9)
 
 
 @pytest.mark.parametrize(("unit", "kind"), [("", SQUARE), ("cell", POLYGON)])
-def test_a_store_of_it(written: Path, tmp_path: Path, unit: str, kind: int) -> None:
-    made = SlideStore(build_slide(row_of(written, written / "tissue_image.btf", unit), tmp_path, TINY))
-    found = read(written, unit)
+def test_a_store_of_it(hd_written: Path, tmp_path: Path, unit: str, kind: int) -> None:
+    made = SlideStore(build_slide(row_of(hd_written, hd_written / "tissue_image.btf", unit), tmp_path, TINY))
+    found = read(hd_written, unit)
     placed = made.places()
     assert (made.info.mpp_source, made.info.kind) == ("lattice", "bin" if kind == SQUARE else "cell")
     np.testing.assert_allclose(placed.xy_um, found.xy * MPP, atol=1e-6)
@@ -379,37 +239,37 @@ def test_the_cytassist_image_is_told_as_the_cause_of_coarse_pixels(tmp_path: Pat
         build_slide(row, tmp_path / "stores", PrepConfig())
 
 
-def test_counts_of_a_damaged_matrix_leave_no_store(outs: Path, tmp_path: Path) -> None:
-    edit(outs / H5, "data", lambda a: np.where(np.arange(len(a)) == 99, -1, a))
+def test_counts_of_a_damaged_matrix_leave_no_store(hd_outs: Path, tmp_path: Path) -> None:
+    edit(hd_outs / H5, "data", lambda a: np.where(np.arange(len(a)) == 99, -1, a))
     with pytest.raises(ValueError, match="holds -1, which is no count"):
-        build_slide(row_of(outs), tmp_path / "stores", PrepConfig())
+        build_slide(row_of(hd_outs), tmp_path / "stores", PrepConfig())
     assert list((tmp_path / "stores").iterdir()) == []
 
 
-def test_the_synthetic_section_is_the_same_again(written: Path, tmp_path: Path) -> None:
+def test_the_synthetic_section_is_the_same_again(hd_written: Path, tmp_path: Path) -> None:
     write_visium_hd(tmp_path / "again", SIDE, mean_genes=12, gene_count=GENES, cells=True, image=True, mpp=MPP)
-    for path in sorted(p for p in written.rglob("*") if p.is_file()):
-        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(written)).read_bytes(), path.name
+    for path in sorted(p for p in hd_written.rglob("*") if p.is_file()):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(hd_written)).read_bytes(), path.name
 
 
-def test_inputs_are_the_files_that_are_read(written: Path) -> None:
-    names = [p.relative_to(written).as_posix() for p in visium_hd.inputs(Source("visium_hd", written))]
+def test_inputs_are_the_files_that_are_read(hd_written: Path) -> None:
+    names = [p.relative_to(hd_written).as_posix() for p in visium_hd.inputs(Source("visium_hd", hd_written))]
     assert names == [H5, JSON, PARQUET]
-    cells = [p.name for p in platforms.reader("visium_hd").inputs(Source("visium_hd", written, unit="cell"))]
+    cells = [p.name for p in platforms.reader("visium_hd").inputs(Source("visium_hd", hd_written, unit="cell"))]
     assert cells == ["filtered_feature_cell_matrix.h5", "scalefactors_json.json", "tissue_positions.parquet",
                      "cell_segmentations.geojson"]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")  # of a library that other people keep
-def test_equals_spatialdata_io(outs: Path) -> None:
+def test_equals_spatialdata_io(hd_outs: Path) -> None:
     import spatialdata_io
 
-    (outs / "tissue_image.btf").unlink()
-    with h5py.File(outs / "feature_slice.h5", "w") as root:
+    (hd_outs / "tissue_image.btf").unlink()
+    with h5py.File(hd_outs / "feature_slice.h5", "w") as root:
         layout = json.dumps({"file_format": "1.0"})
         root.attrs["metadata_json"] = json.dumps({"hd_layout_json": layout})
-    sdata = spatialdata_io.visium_hd(outs, dataset_id="", bin_size=8, load_segmentations_only=False)
-    bins, cells = read(outs), read(outs, "cell")
+    sdata = spatialdata_io.visium_hd(hd_outs, dataset_id="", bin_size=8, load_segmentations_only=False)
+    bins, cells = read(hd_outs), read(hd_outs, "cell")
     table = sdata.tables["square_008um"]
     assert bins.ids == list(table.obs_names)
     assert (sparse(bins) != table.X).nnz == 0
