@@ -1,8 +1,8 @@
 """What lies in a folder: measurements by their layout and content, and images.
 
 In: a folder. Out: a `Found` for each measurement (Space Ranger outs, Visium HD, Xenium, CosMx, HEST-1k, SpatialData,
-legacy ST, h5ad), and the images that may be slides. Only names, headers and lists of genes are read; nothing is believed that the
-files do not tell.
+legacy ST, h5ad), and the images that may be slides. Only names, headers and lists of genes are read; nothing is
+believed that the files do not tell.
 """
 
 import csv

@@ -57,7 +57,7 @@ def _image_work(
     """The grid of a slide's image, beside the files of its measurement. Raises one of _FAULTS where it is no slide."""
     if image is None:
         return Work()
-    slide = slides.open_slide(image, config.max_image_mpx, scratch)
+    slide = slides.header(image, config.max_image_mpx, scratch)
     told = {"manifest": row.mpp, "embedded": slide.embedded_mpp}
     if row.platform == IMAGE_ONLY:
         try:

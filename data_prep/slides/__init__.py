@@ -6,13 +6,16 @@ whitelisted facts, and `read`: any rectangle of level 0 as a square of RGB pixel
 What lies outside the slide, or was never scanned, is white. Label, macro and thumbnail images are never opened.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from data_prep.slides import reference, tiff, whole
-from data_prep.slides.base import DecodeError, Grid, Pixels, Slide, files_of
+from data_prep.slides.base import DecodeError, Grid, Header, Pixels, Slide, files_of
 from data_prep.slides.segments import InOnePieceError, UnusualError
 
-__all__ = ["DecodeError", "Grid", "Pixels", "Slide", "files_of", "open_slide"]
+__all__ = ["DecodeError", "Grid", "Header", "Pixels", "Slide", "files_of", "header", "open_slide"]
+Opened = TypeVar("Opened", Slide, Header)
 _SEGMENTED = ("aperio", "generic-tiff")  # OpenSlide's formats that are one plain TIFF
 
 
@@ -25,6 +28,26 @@ def open_slide(path: Path, max_image_mpx: int, scratch: Path | None = None) -> S
     Raises:
         ValueError: no such file, no slide, damaged, or too large to be decoded at once.
     """
+    return _opened(path, lambda: whole.open_whole(path, max_image_mpx, scratch))
+
+
+def header(path: Path, max_image_mpx: int, scratch: Path | None = None) -> Header:
+    """As `open_slide`, of the header alone: no pixel is decoded, no scratch file written.
+
+    Raises:
+        ValueError: as `open_slide`, as far as a header tells.
+    """
+    slide = _opened(path, lambda: whole.header(path, max_image_mpx, scratch))
+    if isinstance(slide, Header):
+        return slide
+    try:
+        return Header(slide.width_px0, slide.height_px0, slide.embedded_mpp)
+    finally:
+        slide.close()
+
+
+def _opened(path: Path, as_whole: Callable[[], Opened]) -> Slide | Opened:
+    """A slide; `as_whole` opens one that cannot be read in parts."""
     if not path.is_file():
         raise ValueError(f"{path}: no such image; correct the manifest")
     vendor = reference.vendor(path)
@@ -33,7 +56,7 @@ def open_slide(path: Path, max_image_mpx: int, scratch: Path | None = None) -> S
         if slide:
             return slide
     if vendor is None:
-        return whole.open_whole(path, max_image_mpx, scratch)
+        return as_whole()
     found = reference.ReferenceSlide(path)
     try:
         return tiff.like_reference(found) if vendor in _SEGMENTED else found

@@ -43,6 +43,15 @@ class Slide(Protocol):
         """Let go of handles, decoded parts and a scratch file; nothing is read afterwards."""
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a slide's header tells, without a pixel."""
+
+    width_px0: int
+    height_px0: int
+    embedded_mpp: float | None
+
+
 def files_of(path: Path) -> list[Path]:
     """All files of a slide: the file itself and, for MIRAX, the folder beside it."""
     folder = path.with_suffix("")
@@ -59,11 +68,11 @@ class Grid:
     cols: int
 
     @classmethod
-    def over(cls, slide: Slide, tile_px0: float) -> "Grid":
+    def over(cls, slide: Slide | Header, tile_px0: float) -> "Grid":
         """The grid that covers a slide."""
         return cls(tile_px0, math.ceil(slide.height_px0 / tile_px0), math.ceil(slide.width_px0 / tile_px0))
 
-    def check(self, slide: Slide, path: Path, max_tiles: int, max_px_per_byte: int) -> None:
+    def check(self, slide: Slide | Header, path: Path, max_tiles: int, max_px_per_byte: int) -> None:
         """Raises ValueError where a header of a few bytes would keep the machine busy for days."""
         size = f"{path}: its header tells {slide.width_px0} x {slide.height_px0} px"
         if self.rows * self.cols > max_tiles:

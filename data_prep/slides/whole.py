@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data_prep.slides.base import Pixels
+from data_prep.slides.base import Header, Pixels
 from data_prep.slides.reference import on_white, one_mpp
 from data_prep.slides.sampling import Level, Part, Pyramid
 from data_prep.slides.tiff import TiffSlide, of_series
@@ -61,7 +61,7 @@ class WholeSlide(Pyramid):
         """As Slide.close."""
         self._pixels = np.zeros((0, 0, 3), np.uint8)
 
-    def _part(self, level: int, x: int, y: int, w: int, h: int, shrink: float) -> Part:
+    def _part(self, level: int, x: int, y: int, w: int, h: int, out: tuple[int, int]) -> Part:
         x0, y0 = max(x, 0), max(y, 0)
         inside = self._pixels[y0 : max(y + h, 0), x0 : max(x + w, 0)]
         if inside.shape[:2] == (h, w):
@@ -113,21 +113,34 @@ def open_whole(path: Path, max_image_mpx: int, scratch: Path | None) -> Pyramid:
         ValueError: no image, damaged, of odd mode, too large for memory and no place for a scratch file.
     """
     with _opened(path) as image:
-        width, height = image.size
-        if image.mode not in _MODES:
-            raise ValueError(f"{path}: pixels of mode {image.mode}; convert the image to 8-bit RGB")
-        if width * height <= max_image_mpx * 1e6:
+        if _fits(path, image, max_image_mpx, scratch):
             return WholeSlide(path, image)
-        convert = f"convert it: vips tiffsave {path.name} tiled.tif --tile --pyramid --bigtiff --compression deflate"
-        size = (
-            f"{path}: {width * height / 1e6:.0f} megapixels would be decoded at once, max_image_mpx is {max_image_mpx}"
-        )
-        if scratch is None:
-            raise ValueError(f"{size}; raise it, name a scratch folder (--scratch), or {convert}")
-        if _needs_all(image):
-            raise ValueError(f"{size}, and it is progressive or interlaced: no band of it decodes alone; {convert}")
-        kind, mpp = str(image.format), _mpp(image)
-    return ScratchSlide(path, _converted(path, kind, (width, height), scratch), mpp)
+        kind, size, mpp = str(image.format), image.size, _mpp(image)
+    assert scratch is not None  # else it would not have passed
+    return ScratchSlide(path, _converted(path, kind, size, scratch), mpp)
+
+
+def header(path: Path, max_image_mpx: int, scratch: Path | None) -> Header:
+    """As `open_whole`, of the header alone. Raises as it does, except for damage."""
+    with _opened(path) as image:
+        _fits(path, image, max_image_mpx, scratch)
+        return Header(*image.size, _mpp(image))
+
+
+def _fits(path: Path, image: Image.Image, max_image_mpx: int, scratch: Path | None) -> bool:
+    """Whether an image may be decoded at once; False: in bands. Raises ValueError where it may be neither."""
+    width, height = image.size
+    if image.mode not in _MODES:
+        raise ValueError(f"{path}: pixels of mode {image.mode}; convert the image to 8-bit RGB")
+    if width * height <= max_image_mpx * 1e6:
+        return True
+    convert = f"convert it: vips tiffsave {path.name} tiled.tif --tile --pyramid --bigtiff --compression deflate"
+    size = f"{path}: {width * height / 1e6:.0f} megapixels would be decoded at once, max_image_mpx is {max_image_mpx}"
+    if scratch is None:
+        raise ValueError(f"{size}; raise it, name a scratch folder (--scratch), or {convert}")
+    if _needs_all(image):
+        raise ValueError(f"{size}, and it is progressive or interlaced: no band of it decodes alone; {convert}")
+    return False
 
 
 def _converted(path: Path, kind: str, size: tuple[int, int], folder: Path) -> Path:
