@@ -22,6 +22,8 @@ storm_tasks() {
   [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || { storm_python -m "$@"; return; }
   local each=${STORM_PER_ELEMENT:-1} task code=0 worst=0
   local first=$((SLURM_ARRAY_TASK_ID * each))
+  [ "$first" -lt "${STORM_TASKS:-$((first + 1))}" ] ||
+    { echo "element $SLURM_ARRAY_TASK_ID has no task: $STORM_TASKS tasks, $each to an element" >&2; return 2; }
   for ((task = first; task < first + each && task < ${STORM_TASKS:-task + 1}; task++)); do
     printf '== %s: task %d on %s, start %d\n' "$1" "$task" "$(uname -n)" "$((${SLURM_RESTART_COUNT:-0} + 1))"
     storm_python -m "$@" --task "$task" && code=0 || code=$?

@@ -83,7 +83,7 @@ def test_a_damaged_slide_fails_its_task_and_is_all_that_is_built_again(
     words = ("--", "../data/manifest.csv", "--store", "../stores", "--plan", "../plan.json", *TILES)
     job = submitted(cluster, elsewhere, "prep.sbatch", CPU, *words)
     after, packing = f"--dependency=afterany:{job}", ("--store", "../stores", "--manifest", table, *TILES)
-    refused = submitted(cluster, elsewhere, "pack.sbatch", after, "--", *packing, "--out", "../no")
+    refused = submitted(cluster, elsewhere, "pack.sbatch", CPU, after, "--", *packing, "--out", "../no")
     packed = submitted(
         cluster,
         elsewhere,
@@ -156,11 +156,13 @@ def test_two_tasks_on_one_slide_at_once(cluster: Cluster, slides: Path, undistur
     tasks = write_plan(tmp_path / "plan.json", slides / "manifest.csv", [[BIG], [BIG]])
     stores = tmp_path / "stores"
     words = ("--", slides / "manifest.csv", "--store", stores, "--plan", tasks, *TILES)
-    job = submitted(cluster, tmp_path, "prep.sbatch", CPU, "--array=0,1", *words, STORM_LOGS=str(tmp_path / "told"))
+    job = submitted(cluster, tmp_path, "prep.sbatch", CPU, "--array=0-2", *words, STORM_LOGS=str(tmp_path / "told"))
     until(lambda: len(in_work(stores)) == 2, "two builds of one slide", pause=0.01)
-    assert cluster.waited(job) == {"0": "COMPLETED:0", "1": "COMPLETED:0"}
+    assert cluster.waited(job) == {"0": "COMPLETED:0", "1": "COMPLETED:0", "2": "FAILED:2"}
     check(stores, undisturbed, [BIG])
-    assert len(list((tmp_path / "told").iterdir())) == 2
+    assert (
+        "element 2 has no task: 2 tasks, 1 to an element" in (tmp_path / "told" / f"storm-prep_{job}_2.out").read_text()
+    )
 
 
 @pytest.fixture
