@@ -20,21 +20,24 @@ from data_prep.records import Record
 from storm import files
 from storm.config import PrepConfig
 
-# Measured with data_prep.build on one core of an AMD EPYC (2 vCPU), Python 3.11, files in the page cache: tiles of
-# 224 px on CMU-1-Small-Region.svs and synthetic slides, profiles and counts on her2st C2-C4 and synthetic Visium.
-# Records of the store at hand replace them: see `fitted`.
-BASE_S = 0.15  # per slide: opening, the overview, writing the archive
-TILE_S = 0.0045  # per tile of 224 x 224 px: decode, resize, encode, quality
+# Seconds of one core of an AMD EPYC (2 vCPU), Python 3.11, files in the page cache, of data_prep.build in one process.
+# Tiles: a JPEG-tiled pyramid at 0.25 um/px (548 tiles in 1.1 s; JPEG2000 and images in one piece take longer),
+# CMU-1-Small-Region.svs and a synthetic Visium slide (0.34 s and 0.45 s for 77 tiles). Counts: Visium of mouse muscle,
+# 982 spots with 1.6 M counts in 1.1 s. Records of the store at hand scale them: see `fitted`.
+BASE_S = 0.2  # per slide: opening, the overview, writing the archive
+TILE_S = 0.002  # per tile of 224 x 224 px: decode, resize, encode, quality
 PROFILE_S = 1.0e-5
-COUNT_S = 3.0e-7  # per non-zero count: read, map, sum, compress
+COUNT_S = 5.5e-7  # per count: read, map, sum, compress
 READ_S = 1.2e-9  # per byte of input: its sha256
-TILE_BYTES = 25_000  # of 224 x 224 px at quality 90
+TILE_BYTES = 25_000  # of 224 x 224 px at quality 90: 27 kB on CMU-1, 17 kB on the pyramid
 PROFILE_BYTES = 60
 COUNT_BYTES = 1.6  # compressed, in the store
 SHARD_COUNT_BYTES, SHARD_PROFILE_BYTES = 8.0, 80.0  # stored as they are, in shards
 TISSUE = 0.5  # share of a slide's grid that becomes tiles
-TABLE_COUNTS, GZIP_COUNTS = 0.08, 0.45  # non-zero counts per byte of a table of text, plain and gzipped
-TABLE_PROFILE = 1000  # non-zero counts per profile of such a table
+# Of tables of text, on her2st and CosMx flat files: counts per byte, plain and gzipped; counts per profile of legacy ST
+# and of CosMx.
+TABLE_COUNTS, GZIP_COUNTS = 0.1, 0.8
+ST_PROFILE, COSMX_PROFILE = 3500, 200
 FILES_PER_SLIDE = 2  # its store and its record
 _TILE_PX = 224
 SCALEFACTOR_SPOT_UM, PITCH_UM = 65.0, 200.0  # of Visium's scale factors, of legacy ST: for a first idea of the mpp
@@ -119,9 +122,11 @@ def measured(paths: Sequence[Path]) -> tuple[float, float]:
             return _h5_size(path)
         if path.name.endswith((".mtx", ".mtx.gz")):
             return _mtx_size(path)
-    sizes = [path.stat().st_size * (GZIP_COUNTS if path.suffix == ".gz" else TABLE_COUNTS) for path in paths]
-    counts = max(sizes, default=0.0)
-    return counts / TABLE_PROFILE, counts
+    largest = max(paths, key=lambda path: path.stat().st_size, default=None)
+    if largest is None:
+        return 0.0, 0.0
+    counts = largest.stat().st_size * (GZIP_COUNTS if largest.suffix == ".gz" else TABLE_COUNTS)
+    return counts / (COSMX_PROFILE if "exprMat" in largest.name else ST_PROFILE), counts
 
 
 def _h5_size(path: Path) -> tuple[float, float]:

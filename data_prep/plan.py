@@ -210,6 +210,9 @@ def _room_lines(planned: Sequence[Checked], model: Model, config: PrepConfig, fo
     room = cost.room(folder)
     needs = f"needs {progress.size(store_bytes)} for stores, {progress.size(shard_bytes)} for shards, {files_} files"
     lines = [f"{needs} ({files_ / max(1, len(planned)):.2f} per slide, at most {_MOST_FILES})"]
+    if files_ > _MOST_FILES * len(planned):
+        fewer = math.ceil(shard_bytes / len(planned) / (_MOST_FILES - cost.FILES_PER_SLIDE) / 1e6)
+        lines.append(f"note: these slides are large; shard_mb={fewer} keeps them at {_MOST_FILES} files each")
     enough = True
     for what, bytes_, count in (
         ("free", room.free_bytes, room.free_files),

@@ -162,6 +162,19 @@ def test_counts_bytes_and_files_are_told_and_scaled(
     assert float(lines["120000"][1]) == pytest.approx(100 * float(lines["1200"][1]), rel=1e-3)
 
 
+def test_slides_that_make_too_many_shards_are_told_the_size_that_does_not(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(corpus / "manifest.csv", tmp_path, "shard_mb=0.1")[0] == 0
+    told = re.search(r"shard_mb=(\d+) keeps them at 3 files each", capsys.readouterr().out)
+    assert told
+    assert run(corpus / "manifest.csv", tmp_path, f"shard_mb={told[1]}")[0] == 0
+    out = capsys.readouterr().out
+    assert "keeps them" not in out
+    per_slide = re.search(r"\(([\d.]+) per slide, at most 3\)", out)
+    assert per_slide and float(per_slide[1]) <= 3
+
+
 def test_too_little_room_is_a_fault(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,8 +204,8 @@ def test_real_slides(real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(repo / "configs" / "her2st.csv", tmp_path, *words)[0] == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("st ")]
     assert line.split()[1:5] == ["breast", "3", "0", "0"]
-    row = [int(word) for word in line.split()[5:6]]
-    assert 400 < row[0] < 1600  # really 555: tables of text are guessed from their size
+    assert 400 < int(line.split()[5]) < 700  # really 551: tables of text are guessed from their size
+    assert line.split()[6:8] == ["2.0", "M"]  # really 2.1 M
 
 
 def test_a_store_folder_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
