@@ -84,15 +84,22 @@ def image_signs(overview: Overview, mask: Mask) -> str:
         return ""
     taken = absorption(cv2.GaussianBlur(overview.rgb, (0, 0), 1.0), overview.glass).astype(np.float32)
     # Within the tissue, against its mean: the outline alone would make neighbouring sections alike.
-    inside = np.where(mask, taken - taken[mask].mean(), np.float32(0))
-    centre = np.array([cols.mean(), rows.mean()]) + 0.5
+    inside = np.where(mask, taken - taken[mask].mean(), np.float32(0)).astype(np.float32)
     side = _EXTENT * np.sqrt(cols.var() + rows.var())
-    scale = _PX / side
+    centre = np.array([cols.mean(), rows.mean()]) + 0.5
+    # Most of the way by whole px, which are averaged; then a little blur, against what lies between the samples.
+    step = max(1, int(side / _PX / 2))
+    size = (-(-inside.shape[1] // step), -(-inside.shape[0] // step))
+    framed = cv2.copyMakeBorder(
+        inside, 0, size[1] * step - inside.shape[0], 0, size[0] * step - inside.shape[1], cv2.BORDER_CONSTANT, value=0
+    )
+    coarse = cv2.resize(framed, size, interpolation=cv2.INTER_AREA)
+    scale = _PX / side * step
     if scale < 1:
-        inside = cv2.GaussianBlur(inside, (0, 0), 0.5 / scale)
-    offset = _PX / 2 - scale * centre + 0.5 * (scale - 1)  # the middle of px 0 lies at 0, not at 0.5
+        coarse = cv2.GaussianBlur(coarse, (0, 0), 0.5 / scale)
+    offset = _PX / 2 - scale * centre / step + 0.5 * (scale - 1)  # the middle of px 0 lies at 0, not at 0.5
     place = np.array([[scale, 0, offset[0]], [0, scale, offset[1]]])
-    square = cv2.warpAffine(inside.astype(np.float32), place, (_PX, _PX), flags=cv2.INTER_LINEAR)
+    square = cv2.warpAffine(coarse, place, (_PX, _PX), flags=cv2.INTER_LINEAR)
     signs = cv2.dct(square)[:SIDE, :SIDE] > 0
     return base64.b64encode(np.packbits(signs).tobytes()).decode()
 

@@ -24,21 +24,21 @@ _BLUE[110:] = 255  # of pale px the ratio is noise
 _INK = (12, 60, 20)  # black: the lightest channel from .. to, and the largest difference of two; frames are darker
 
 
-def _planes(rgb: Pixels) -> tuple[Pixels, ...]:
-    """(red, green, blue, lightest, darkest) of each px."""
+def planes(rgb: Pixels) -> tuple[Pixels, ...]:
+    """(red, green, blue, lightest, darkest) of each px; numpy is slow over an axis of three."""
     red, green, blue = cv2.split(rgb)
     return red, green, blue, cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue)
 
 
-def _ink(planes: tuple[Pixels, ...]) -> npt.NDArray[np.bool_]:
-    red, green, blue, high, low = planes
+def _ink(parts: tuple[Pixels, ...]) -> npt.NDArray[np.bool_]:
+    red, green, blue, high, low = parts
     black = (high >= _INK[0]) & (high < _INK[1]) & (cv2.subtract(high, low) < _INK[2])
     return (cv2.subtract(green, red) > _GREENER) | (blue > cv2.LUT(red, _BLUE)) | black
 
 
 def pen_mask(rgb: Pixels) -> npt.NDArray[np.bool_]:
     """[H, W] true where a px has the colour of blue, green or black ink."""
-    return _ink(_planes(rgb))
+    return _ink(planes(rgb))
 
 
 def sharpness(pixels: Pixels) -> float:
@@ -60,10 +60,10 @@ def sharpness(pixels: Pixels) -> float:
 def tile_quality(pixels: Pixels, tissue: float, inside: float) -> tuple[float, ...]:
     """The figures of a tile in the order of schema.TILE_QUALITY; `tissue` and `inside` are shares of the tile."""
     size = (-(-pixels.shape[1] // _STEP), -(-pixels.shape[0] // _STEP))
-    planes = _planes(cv2.resize(pixels, size, interpolation=cv2.INTER_NEAREST))
-    high, low = planes[3:]
+    parts = planes(cv2.resize(pixels, size, interpolation=cv2.INTER_NEAREST))
+    high, low = parts[3:]
     pen, black, white = (
-        np.count_nonzero(which) / high.size for which in (_ink(planes), high < _BLACK, low > _WHITE)
+        np.count_nonzero(which) / high.size for which in (_ink(parts), high < _BLACK, low > _WHITE)
     )  # fmt: skip
     saturation = cv2.mean(cv2.divide(cv2.subtract(high, low), high, scale=255))[0] / 255
     return (tissue, inside, pen, black, white, saturation, sharpness(pixels))

@@ -106,14 +106,15 @@ def _tile_by_tile(read, grid: Grid, row0: int, col0: int) -> None:  # type: igno
 def glass(rgb: Pixels) -> npt.NDArray[np.float64]:
     """[3] colour of the empty slide: of the brightest smooth and pale places; nearly white where there are none."""
     around = np.ones((5, 5), np.uint8)
-    spread = cv2.subtract(cv2.dilate(rgb, around), cv2.erode(rgb, around)).max(axis=2)
-    light = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    spread = quality.planes(cv2.subtract(cv2.dilate(rgb, around), cv2.erode(rgb, around)))[3]
+    light, darkest = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), quality.planes(rgb)[4]
     # Pure white was never scanned (or is over-exposed, and then as good as the colour for slides without glass).
-    smooth = (spread <= _SMOOTH) & (light > _GLASS_DARK) & (rgb.min(axis=2) < 255)
+    smooth = (spread <= _SMOOTH) & (light > _GLASS_DARK) & (darkest < 255)
     if smooth.mean() < 0.005:
         return _GLASS
     top = np.percentile(light[smooth], 90)
-    found = np.median(rgb[smooth & (np.abs(light - top) <= 6)], axis=0)
+    bright = smooth & (light >= top - 6) & (light <= top + 6)
+    found = np.array([np.median(channel[bright]) for channel in cv2.split(rgb)])
     return found if np.ptp(found) <= _GLASS_CHROMA else _GLASS
 
 
@@ -150,7 +151,7 @@ def tissue_mask(rgb: Pixels, px_um: float, empty: npt.NDArray[np.float64] | None
 
 def _barred(rgb: Pixels, px_um: float) -> Mask:
     """[H, W] where there can be no tissue: large black areas and pen, with the blur around them."""
-    black = _pieces(rgb.max(axis=2) < _BLACK, 2 * _SPECK_UM2 / px_um**2)
+    black = _pieces(quality.planes(rgb)[3] < _BLACK, 2 * _SPECK_UM2 / px_um**2)
     pen = _pieces(quality.pen_mask(rgb), _SPECK_UM2 / px_um**2)
     return cv2.dilate((black | pen).astype(np.uint8), np.ones((7, 7), np.uint8)) > 0
 
@@ -164,8 +165,8 @@ def _rough(taken: npt.NDArray[np.uint8]) -> Mask:
 
 def _labels(mask: Mask) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """(number of the piece at each px, 0 = none; px of each piece)."""
-    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
-    return labels, np.bincount(labels.ravel(), minlength=count)
+    _, labels, figures, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    return labels, figures[:, cv2.CC_STAT_AREA]
 
 
 def _pieces(mask: Mask, min_px: float) -> Mask:
