@@ -280,4 +280,4 @@ def test_whole_slides_of_real_scanners(built: Built, real_data: Path, tmp_path: 
     assert "1 of 1 tiles do not decode" in reasons["bad"]
     info = opened(folder, "good").info
     assert (info.mpp, info.mpp_source) == (0.499, "embedded")
-    assert info.facts["slide"] == {"reader": "openslide", "objective_power": 20.0, "levels": 1.0}
+    assert info.facts["slide"] == {"reader": "tiff", "objective_power": 20.0, "levels": 1.0}
