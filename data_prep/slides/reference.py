@@ -117,7 +117,7 @@ class ReferenceSlide(Pyramid):
             self._handle.close()
         self._handle = None
 
-    def _part(self, level: int, x: int, y: int, w: int, h: int, shrink: float) -> Part:
+    def _part(self, level: int, x: int, y: int, w: int, h: int, out: tuple[int, int]) -> Part:
         # OpenSlide takes whole pixels of level 0 and divides them by a number of its own: where that falls between two
         # pixels of the level it interpolates, so what comes back begins exactly there.
         downsample = self._downsamples[level]

@@ -58,8 +58,8 @@ class Part:
     step: int = 1
 
 
-def _is_whole(*values: float) -> bool:
-    return all(abs(value - round(value)) < _WHOLE for value in values)
+def _is_whole(value: float) -> bool:
+    return abs(value - round(value)) < _WHOLE
 
 
 def resized(pixels: Pixels, out: tuple[int, int]) -> Pixels:
@@ -94,7 +94,7 @@ def _weights(start: float, step: float, out: int, size: int) -> sparse.csr_matri
 
 def area_mean(pixels: Pixels, x: float, y: float, w: float, h: float, out: tuple[int, int]) -> Pixels:
     """[*out, 3] mean over the areas into which `out` (rows, columns) cuts the rectangle (x, y, w, h) of `pixels`."""
-    if _is_whole(x, y, w, h):
+    if _is_whole(x) and _is_whole(y) and _is_whole(w) and _is_whole(h):
         return resized(pixels[round(y) : round(y + h), round(x) : round(x + w)], out)
     height, width = pixels.shape[:2]
     rows = _weights(round(y, 6), round(h / out[0], 9), out[0], height)
@@ -124,11 +124,12 @@ class Pyramid(abc.ABC):
         return self.levels[0].height_px
 
     @abc.abstractmethod
-    def _part(self, level: int, x: int, y: int, w: int, h: int, shrink: float) -> Part:
+    def _part(self, level: int, x: int, y: int, w: int, h: int, out: tuple[int, int]) -> Part:
         """At least the pixels of a rectangle of a level, white beyond the level.
 
         Args:
-            shrink: by how much the answer will be made smaller; it may come in larger steps where that is cheaper.
+            out: rows and columns that the rectangle will become; its pixels may come in larger steps where that is
+                cheaper.
 
         Raises:
             DecodeError: it does not decode.
@@ -166,6 +167,6 @@ class Pyramid(abc.ABC):
             return np.concatenate(parts, axis=axis)
         x0, y0 = math.floor(x + _WHOLE), math.floor(y + _WHOLE)
         x1, y1 = math.ceil(x + w - _WHOLE), math.ceil(y + h - _WHOLE)
-        part = self._part(level, x0, y0, x1 - x0, y1 - y0, min(w / out[1], h / out[0]))
+        part = self._part(level, x0, y0, x1 - x0, y1 - y0, out)
         step = part.step
         return area_mean(part.pixels, (x - part.x) / step, (y - part.y) / step, w / step, h / step, out)

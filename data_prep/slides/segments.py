@@ -6,6 +6,7 @@ In: pages as tifffile parsed them, and bytes of the file. Out: `Layout`, plain d
 Sizes that a segment tells of itself are compared with those of the page before memory is taken for them.
 """
 
+import math
 import struct
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ _RAW = {
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _YCBCR = 0, 1, 2, 6
 _ADOBE = bytes.fromhex("ffee000e41646f6265006400000000")  # ... and the transform: 0 is RGB, 1 is YCbCr
 MAX_SEGMENT_PX = 16 << 20
+_PIECE_BYTES = 32 << 20
 FAULTS = (RuntimeError, ValueError, TypeError, struct.error, IndexError)  # of imagecodecs and simplejpeg
 Offsets = npt.NDArray[np.int64]
 
@@ -64,6 +66,11 @@ class Layout:
     def cols(self) -> int:
         """Segments side by side."""
         return -(-self.width_px // self.segment_px[1])
+
+    @property
+    def takes_memory(self) -> bool:
+        """Whether it is decoded into memory that is given."""
+        return self.codec == JPEG and self.samples == 3
 
     @property
     def scales(self) -> bool:
@@ -144,20 +151,27 @@ def names_its_colours(layout: Layout, data: bytes) -> bool:
     return any(kind != (layout.photometric == _YCBCR) for kind in found)
 
 
-def decoded(layout: Layout, planes: Sequence[bytes], rows: int, step: int, spare: Pixels | None) -> Pixels:
+def shape_of(layout: Layout, rows: int, step: int = 1) -> tuple[int, int, int]:
+    """Shape of a decoded segment of one plane."""
+    return rows // step, layout.segment_px[1] // step, layout.samples
+
+
+def decoded(
+    layout: Layout, planes: Sequence[bytes], rows: int, step: int = 1, memory: Pixels | None = None
+) -> Pixels:  # fmt: skip
     """The pixels [height, width, 3] of a segment.
 
     Args:
         planes: its bytes, of each colour where these lie apart.
         rows: of the segment; a last strip has fewer.
         step: 1, or 2, 4, 8 where layout.scales: the sides are so much smaller.
-        spare: memory that may be written to.
+        memory: of its shape, for a JPEG of three colours, the pixels of which it holds then.
 
     Raises:
         RuntimeError, ValueError, TypeError, struct.error, IndexError: it is damaged.
     """
-    shape = (rows // step if step > 1 else rows, layout.segment_px[1] // step, layout.samples)
-    found = [_plane(layout, data, shape, step, spare if len(planes) == 1 else None) for data in planes]
+    shape = shape_of(layout, rows, step)
+    found = [_plane(layout, data, shape, step, memory) for data in planes]
     pixels = found[0] if len(found) == 1 else np.concatenate(found, axis=2)
     if layout.photometric == _WHITE_IS_ZERO:
         pixels = 255 - pixels
@@ -166,9 +180,9 @@ def decoded(layout: Layout, planes: Sequence[bytes], rows: int, step: int, spare
     return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
 
 
-def _plane(layout: Layout, data: bytes, shape: tuple[int, int, int], step: int, spare: Pixels | None) -> Pixels:
+def _plane(layout: Layout, data: bytes, shape: tuple[int, int, int], step: int, memory: Pixels | None) -> Pixels:
     if layout.codec == JPEG:
-        pixels = _jpeg(layout, data, shape, step, spare)
+        pixels = _jpeg(layout, data, shape, step, memory)
     elif layout.codec in _J2K:
         pixels = _jpeg2000(layout, data, shape)
     else:
@@ -186,10 +200,10 @@ def _plane(layout: Layout, data: bytes, shape: tuple[int, int, int], step: int, 
     return pixels
 
 
-def _jpeg(layout: Layout, data: bytes, shape: tuple[int, int, int], step: int, spare: Pixels | None) -> Pixels:
+def _jpeg(layout: Layout, data: bytes, shape: tuple[int, int, int], step: int, memory: Pixels | None) -> Pixels:
     colours = {1: "GRAY", 3: "RGB"}[layout.samples]
     # Memory of the right size is given: a header that tells a larger one is refused by it. Strict, as OpenSlide is.
-    memory = spare if spare is not None and spare.shape == shape else np.empty(shape, np.uint8)
+    memory = np.empty(shape, np.uint8) if memory is None else memory
     return simplejpeg.decode_jpeg(
         layout.head + data[2:], colours, fastdct=False, fastupsample=False, buffer=memory, min_factor=step,
         min_height=shape[0] if step > 1 else 0, min_width=shape[1] if step > 1 else 0,
@@ -231,26 +245,42 @@ def _flat(pixels: Pixels, alpha: int) -> Pixels:
 
 
 class Cache:
-    """Decoded segments, the least recently used of which go first."""
+    """Decoded segments, the least recently used of which go first, and the memory for new ones.
+
+    Memory is taken in large pieces, which the system backs with large pages, and used again: fresh memory in small ones
+    costs a quarter of a decode.
+    """
 
     def __init__(self, budget: int) -> None:
         """Of at most `budget` bytes, or of one segment."""
         self._budget, self._held = budget, 0
         self._segments: OrderedDict[tuple[int, ...], Pixels] = OrderedDict()
-        self.spare: Pixels | None = None  # what went last: fresh memory costs a quarter of a decode
+        self._free: dict[tuple[int, ...], list[Pixels]] = {}
 
     def get(self, key: tuple[int, ...]) -> Pixels | None:
         """A segment, if it is still held."""
-        if key in self._segments:
+        found = self._segments.get(key)
+        if found is not None:
             self._segments.move_to_end(key)
-        return self._segments.get(key)
+        return found
+
+    def memory(self, shape: tuple[int, int, int]) -> Pixels:
+        """An array to decode into; it goes to `put`, or comes back by `give`."""
+        free = self._free.setdefault(shape, [])
+        if not free:
+            free.extend(np.empty((max(1, _PIECE_BYTES // math.prod(shape)), *shape), np.uint8))
+        return free.pop()
+
+    def give(self, memory: Pixels) -> None:
+        """Take back what `memory` gave."""
+        self._free.setdefault(memory.shape, []).append(memory)
 
     def put(self, key: tuple[int, ...], pixels: Pixels) -> None:
         """Hold a segment."""
-        if pixels is self.spare or (self.spare is not None and pixels.base is self.spare):
-            self.spare = None
         self._segments[key] = pixels
         self._held += pixels.nbytes
         while self._held > self._budget and len(self._segments) > 1:
-            _, self.spare = self._segments.popitem(last=False)
-            self._held -= self.spare.nbytes
+            _, old = self._segments.popitem(last=False)
+            self._held -= old.nbytes
+            if old.shape in self._free:
+                self.give(old)

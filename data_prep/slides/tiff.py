@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
+import cv2
 import numpy as np
 import tifffile
 
@@ -87,31 +88,51 @@ class TiffSlide(Pyramid):
             found.append(data)
         return found
 
-    def _segment(self, level: int, index: int, step: int) -> Pixels:
-        found = self._cache.get((level, index, step))
+    def _segment(self, level: int, index: int, step: int, mean: int) -> Pixels:
+        """A segment, decoded at a `step`th of its size, and that shrunk `mean` times."""
+        found = self._cache.get((level, index, step, mean))
         if found is not None:
             return found
         layout = self.layouts[level]
         row, col = divmod(index, layout.cols)
         height, width = layout.segment_px
         rows = height if layout.tiled else min(height, layout.height_px - row * height)
+        memory = self._cache.memory(segments.shape_of(layout, rows, step)) if layout.takes_memory else None
         try:
-            pixels = segments.decoded(layout, self.bytes_of(level, index), rows, step, self._cache.spare)
+            pixels = segments.decoded(layout, self.bytes_of(level, index), rows, step, memory)
         except segments.FAULTS as error:
+            if memory is not None:
+                self._cache.give(memory)
             at = self.levels[level]
             place = (round(col * width * at.across), round(row * height * at.down))
             raise DecodeError(f"{self.path}: does not decode at level-0 px {place}: {error}") from error
-        self._cache.put((level, index, step), pixels)
+        if mean > 1:
+            small = self._cache.memory((pixels.shape[0] // mean, pixels.shape[1] // mean, 3))
+            pixels = cv2.resize(pixels, small.shape[1::-1], dst=small, interpolation=cv2.INTER_AREA)
+            if memory is not None:
+                self._cache.give(memory)
+        self._cache.put((level, index, step, mean), pixels)
         return pixels
 
-    def _part(self, level: int, x: int, y: int, w: int, h: int, shrink: float) -> Part:
-        layout = self.layouts[level]
+    def _steps(self, level: int, x: int, y: int, w: int, h: int, out: tuple[int, int]) -> tuple[int, int]:
+        """How coarse segments are decoded, and how many times they are shrunk before they are joined."""
+        layout, shrink = self.layouts[level], min(w / out[1], h / out[0])
         # At an eighth of the size a JPEG decodes in a third of the time; what is left to shrink is still averaged.
         step = next((s for s in (8, 4) if layout.scales and shrink >= 2 * s), 1)
-        left, top, right, bottom = x // step, y // step, -(-(x + w) // step), -(-(y + h) // step)
-        height, width = (side // step for side in layout.segment_px)
-        x0, x1 = max(left, 0), min(right, -(-layout.width_px // step))
-        y0, y1 = max(top, 0), min(bottom, -(-layout.height_px // step))
+        mean = w // out[1]
+        aligned = (x, y, *layout.segment_px, layout.width_px, layout.height_px)
+        if step > 1 or not layout.tiled or (mean * out[1], mean * out[0]) != (w, h) or any(at % mean for at in aligned):
+            return step, 1
+        return 1, mean  # the same means as of the joined pixels, of a quarter of the memory
+
+    def _part(self, level: int, x: int, y: int, w: int, h: int, out: tuple[int, int]) -> Part:
+        layout = self.layouts[level]
+        step, mean = self._steps(level, x, y, w, h, out)
+        both = step * mean
+        left, top, right, bottom = x // both, y // both, -(-(x + w) // both), -(-(y + h) // both)
+        height, width = (side // both for side in layout.segment_px)
+        x0, x1 = max(left, 0), min(right, -(-layout.width_px // both))
+        y0, y1 = max(top, 0), min(bottom, -(-layout.height_px // both))
         canvas = np.empty((bottom - top, right - left, 3), np.uint8)
         if (x0, y0, x1, y1) != (left, top, right, bottom):
             canvas.fill(255)
@@ -119,11 +140,11 @@ class TiffSlide(Pyramid):
             from_y, to_y = max(y0, row * height), min(y1, (row + 1) * height)
             for col in range(x0 // width, math.ceil(x1 / width)):
                 from_x, to_x = max(x0, col * width), min(x1, (col + 1) * width)
-                pixels = self._segment(level, row * layout.cols + col, step)
+                pixels = self._segment(level, row * layout.cols + col, step, mean)
                 canvas[from_y - top : to_y - top, from_x - left : to_x - left] = pixels[
                     from_y - row * height : to_y - row * height, from_x - col * width : to_x - col * width
                 ]
-        return Part(canvas, left * step, top * step, step)
+        return Part(canvas, left * both, top * both, both)
 
 
 def _parsed(path: Path, find: Callable[[tifffile.TiffFile], Any]) -> Any:

@@ -85,9 +85,9 @@ def test_an_overview_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     asked = []
     real = slide._part  # type: ignore[attr-defined]
 
-    def counting(level: int, x: int, y: int, w: int, h: int, shrink: float) -> Part:
+    def counting(level: int, x: int, y: int, w: int, h: int, out: tuple[int, int]) -> Part:
         asked.append(w * h)
-        return real(level, x, y, w, h, shrink)
+        return real(level, x, y, w, h, out)
 
     monkeypatch.setattr(slide, "_part", counting)
     assert np.abs(slide.read(0, 0, 1024, 1024, 60).astype(int) - at_once).max() <= 1

@@ -68,6 +68,16 @@ def test_a_real_slide(real_data: Path) -> None:
     assert_like_openslide(path, slides.open_slide(path, 400))
 
 
+@pytest.mark.parametrize("coding", ["jpeg 4:2:0", "none"])
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_shrunk_before_or_after_joining_is_the_same(tmp_path: Path, coding: str, ratio: int) -> None:
+    path = write_tiles(tmp_path / "a.tif", [picture(256, 328)], coding)
+    slide, reference = slides.open_slide(path, 400), ReferenceSlide(path)
+    for x, y in [(0, 0), (8, 60), (9, 60), (300, 200), (-16, -8), (400, 0)]:
+        box = (x, y, 48 * ratio, 48 * ratio, 48)
+        np.testing.assert_array_equal(slide.read(*box), reference.read(*box))
+
+
 def test_each_segment_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tiles(tmp_path / "a.tif", [picture(512, 512)], "jpeg 4:2:0")
     slide = slides.open_slide(path, 400)
