@@ -9,7 +9,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PREP_TINY = Path(__file__).resolve().parent.parent / "configs" / "prep_tiny.yaml"
-REAL_FOLDERS = ("her2st", "scmuscle_visium", "scanpy_visium", "spatialexperiment_2sections", "wsi")
+REAL_FOLDERS = (
+    "cosmx_dbkero", "dlpfc_151673", "her2st", "moleculeexperiment_xenium", "msti_human_outs", "multiqc_xenium",
+    "paste_bc", "scanpy_visium", "scmuscle_visium", "segger_xenium", "seurat_visium_hd", "spatialexperiment_2sections",
+    "stutility_mob", "wsi",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
