@@ -19,13 +19,23 @@ def _unit_names(info: SlideInfo, split_by: str) -> list[str]:
 
 def units(infos: Sequence[SlideInfo], split_by: str) -> list[list[SlideInfo]]:
     """The slides put together into parts that must not be divided, in the order of their first slide."""
-    parts: list[tuple[set[str], list[SlideInfo]]] = []
-    for info in infos:
-        names = set(_unit_names(info, split_by))
-        tied = [part for part in parts if part[0] & names]
-        merged = (names.union(*(part[0] for part in tied)), [i for part in tied for i in part[1]] + [info])
-        parts = [part for part in parts if part not in tied] + [merged]
-    return [slides for _, slides in parts]
+    first: dict[str, int] = {}  # what ties -> the first slide that is tied by it
+    root = list(range(len(infos)))  # of each slide, an earlier one of its part, or itself
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = root[root[i]]
+            i = root[i]
+        return i
+
+    for i, info in enumerate(infos):
+        for name in _unit_names(info, split_by):
+            one, other = find(i), find(first.setdefault(name, i))
+            root[max(one, other)] = min(one, other)
+    parts: dict[int, list[SlideInfo]] = {}
+    for i, info in enumerate(infos):
+        parts.setdefault(find(i), []).append(info)
+    return list(parts.values())
 
 
 def _told(unit: list[SlideInfo], split_by: str) -> str:

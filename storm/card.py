@@ -5,6 +5,8 @@ In: the export's config (plain values). Out: Markdown. Counts per study, organ a
 
 from typing import Any
 
+from storm.markdown import clean, table
+
 _CARD = """# {title}
 
 A STORM (this project) model: {parameters:,} parameters, {genes:,} genes, {step:,} optimizer steps.
@@ -62,20 +64,6 @@ _SECTION_SPLIT = """
 > tell how the model does on a new donor.
 """
 _DONOR_SPLIT = "\nSplit by donor: no donor lies on both sides of the split.\n"
-
-
-_ESCAPED = str.maketrans({"<": "&lt;", ">": "&gt;", "|": "&#124;", "[": "&#91;", "`": "&#96;", "*": "&#42;"})
-
-
-def clean(value: object) -> str:
-    """A value that somebody else wrote, as one line of Markdown that is nothing but text."""
-    return " ".join(str(value).split()).replace("&", "&amp;").translate(_ESCAPED)
-
-
-def table(columns: list[str], rows: list[list[object]]) -> str:
-    """A Markdown table; cells from elsewhere have gone through `clean`."""
-    lines: list[list[object]] = [[*columns], ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def _counted(what: str, counts: dict[str, dict[str, int]]) -> str:

@@ -69,6 +69,9 @@ class PrepConfig(Section):
     max_profiles: int = Field(default=1024, ge=1, description="of one region in one sample")
     max_group_mb: float = Field(default=4.0, gt=0)
     shard_mb: float = Field(default=100.0, gt=0)
+    pool_mb: float = Field(
+        default=4000.0, gt=0, description="slides whose groups are mixed in shards come to so much; a task packs a pool"
+    )
     split_by: Literal["donor", "section"] = "donor"
     val_share: float = Field(default=0.0, ge=0, lt=1, description="of donors without a split in the manifest")
     test_share: float = Field(default=0.0, ge=0, lt=1, description="of donors without a split in the manifest")

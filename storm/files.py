@@ -123,9 +123,7 @@ def replacing(path: Path) -> Iterator[Path]:
     new = temporary(path)
     try:
         yield new
-        _sync(new)
-        os.replace(new, path)
-        _sync(path.parent)
+        put(new, path)
     finally:
         if new.exists():
             new.unlink()
@@ -152,16 +150,29 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     call, so a reader sees the old folder, none, or the new one, never a mixture.
     """
     with scratch_folder(path) as new:
-        old = temporary(path, "old")
         yield new
-        for child in sorted(new.rglob("*")):
-            _sync(child)
-        _sync(new)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(new, path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        install_folder(new, path)
+
+
+def install_folder(new: Path, path: Path) -> None:
+    """Fsync every file in the folder `new` and rename it to its sibling `path`, which is moved aside before."""
+    old = temporary(path, "old")
+    for child in sorted(new.rglob("*")):
+        _sync(child)
+    _sync(new)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(new, path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put(new: Path, path: Path) -> None:
+    """Fsync a complete file of the same file system and rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sync(new)
+    os.replace(new, path)
+    _sync(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

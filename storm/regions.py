@@ -72,7 +72,7 @@ def tiles_read(xy_um: npt.NDArray[np.float64], footprint_um: npt.NDArray[np.floa
     found = []
     for down in range(height):  # windows are two tiles wide at most, unless footprints are larger than tiles
         for right in range(width):
-            corner = low + (right, down)
+            corner = low + np.array([right, down])
             corner = corner[(corner < high).all(axis=1)]
             found.append(np.unique((corner[:, 1] - top) * stride + corner[:, 0] - left))
     row, col = np.divmod(np.unique(np.concatenate(found)), stride)

@@ -186,7 +186,7 @@ def spans(
     indptr: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(indptr, entry numbers) of the chosen rows of a CSR matrix."""
-    lengths = np.diff(indptr)[rows]
+    lengths = indptr[rows + 1] - indptr[rows]
     chosen = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return chosen, np.repeat(indptr[rows] - chosen[:-1], lengths) + np.arange(chosen[-1])
 
@@ -223,8 +223,8 @@ def save_arrays(arrays: dict[str, npt.NDArray]) -> bytes:
 
 def check_names(names: list[str], source: str) -> None:
     """Raises ValueError where a name holds a control or line-break character: tables of names would fall apart."""
-    bad = next((name for name in names if BREAKS.search(name)), None)
-    if bad is not None:
+    if BREAKS.search("".join(names)):
+        bad = next(name for name in names if BREAKS.search(name))
         raise ValueError(f"{source}: the name {bad!r} holds a control or line-break character; remove it")
 
 

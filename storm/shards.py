@@ -2,18 +2,21 @@
 
 In: groups with their keys. Out: `<shards>/<split>/000000.tar ...` and random access to any group of them.
 
+    README.md             the dataset card: counts, licences, how it was made
     genes.tsv             the vocabulary: Ensembl id, symbol, share of counts on training donors
     manifest.json         schema version, gene hash, panels, geometry, per split: shards with sha256, counts
     <split>/index.npz     per group: shard, offset, size, sha256, profiles, tiles, key
     <split>/000000.tar    ustar, fixed owner, mode and time: rebuilt shards are byte-identical
+
+While a set is written each shard has a sidecar, `000000.tar.json`, that tells that it is complete and what it holds;
+at the end they become the index and the manifest.
 """
 
 import functools
 import hashlib
-import io
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from storm.genes import GeneTable, unpack_panel
 
 _BLOCK = 512
 _TAR = re.compile(r"\d{6,}\.tar")
-MANIFEST, GENES, INDEX = "manifest.json", "genes.tsv", "index.npz"
+MANIFEST, GENES, CARD, INDEX = "manifest.json", "genes.tsv", "README.md", "index.npz"
 
 
 @dataclass(frozen=True)
@@ -64,55 +67,87 @@ class Index:
         return cls(keys=schema.unpack_text(values.pop("keys")), **values)
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size, entry.mode, entry.mtime = len(data), 0o644, 0
-    tar.addfile(entry, io.BytesIO(data))
+def group_parts(key: str, group: schema.Group) -> list[bytes]:
+    """A group's span of a tar in pieces: its members with their headers, whole blocks, without the mark of the end."""
+    parts = []
+    for name, data in schema.encode(group):
+        entry = tarfile.TarInfo(f"{key}.{name}")
+        entry.size, entry.mode, entry.mtime = len(data), 0o644, 0
+        # The header is the library's; its addfile would copy every member several times.
+        parts += [entry.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % _BLOCK)]
+    return parts
 
 
-def group_bytes(key: str, group: schema.Group) -> bytes:
-    """A group's span of a tar: its members with their headers, whole blocks, without the end-of-archive mark."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in schema.encode(group):
-            _add(tar, f"{key}.{name}", data)
-        end = tar.offset
-    return buffer.getvalue()[:end]
+def shard_name(number: int) -> str:
+    """The file name of a split's shard."""
+    return f"{number:06d}.tar"
 
 
-def write_split(folder: Path, groups: Iterable[tuple[str, schema.Group]], target_bytes: int) -> dict[str, Any]:
-    """Write a split's shards and its index; a shard is closed once it passes `target_bytes`.
+def sidecar_path(folder: Path, number: int) -> Path:
+    """Where a shard's sidecar lies."""
+    return folder / f"{shard_name(number)}.json"
+
+
+class ShardWriter:
+    """A shard that grows group by group under another name, and then comes to its place with its sidecar."""
+
+    def __init__(self, scratch: Path, number: int) -> None:
+        self._path, self._number = scratch / shard_name(number), number
+        self._whole = hashlib.sha256()
+        self._groups: list[list[Any]] = []
+
+    def add(self, key: str, group: schema.Group) -> None:
+        """Append a group."""
+        parts = group_parts(key, group)
+        own = hashlib.sha256()
+        for part in parts:
+            own.update(part)
+            self._whole.update(part)
+        with self._path.open("ab") as handle:  # not kept open: shards may be more than files may
+            handle.writelines(parts)
+        size = sum(map(len, parts))
+        self._groups.append([key, size, own.hexdigest(), len(group.profiles), len(group.tiles)])
+
+    def close(self, folder: Path) -> int:
+        """Move the shard into its split's folder, and then write its sidecar; returns its bytes."""
+        end = bytes(2 * _BLOCK)
+        self._whole.update(end)
+        with self._path.open("ab") as handle:
+            handle.write(end)
+            size = handle.tell()
+        files.put(self._path, folder / shard_name(self._number))
+        value = {"name": self._path.name, "bytes": size, "sha256": self._whole.hexdigest(), "groups": self._groups}
+        files.write_json(sidecar_path(folder, self._number), value)
+        return size
+
+
+def read_sidecar(folder: Path, number: int) -> dict[str, Any] | None:
+    """What a complete shard holds; None where it is absent, of another size, or its sidecar is no such file."""
+    path, tar = sidecar_path(folder, number), folder / shard_name(number)
+    try:
+        found = files.read_json(path) if path.is_file() and tar.is_file() else None
+        return found if found and found["bytes"] == tar.stat().st_size and found["name"] == tar.name else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def join_split(folder: Path, sidecars: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write a split's index from the sidecars of its shards, in their order.
 
     Returns:
         The split's entry for the manifest: shards with size and sha256, and the counts.
     """
-    rows: list[tuple[int, int, int, bytes, int, int, str]] = []
-    shards: list[dict[str, Any]] = []
-    pending: list[bytes] = []
-    size = 0
-
-    def close() -> None:
-        nonlocal pending, size
-        data = b"".join([*pending, bytes(2 * _BLOCK)])
-        name = f"{len(shards):06d}.tar"
-        files.write_bytes(folder / name, data)
-        shards.append({"name": name, "bytes": len(data), "sha256": files.sha256_of(data), "groups": len(pending)})
-        pending, size = [], 0
-
-    for key, group in groups:
-        span = group_bytes(key, group)
-        digest = hashlib.sha256(span).digest()
-        rows.append((len(shards), size, len(span), digest, len(group.profiles), len(group.tiles), key))
-        pending.append(span)
-        size += len(span)
-        if size >= target_bytes:
-            close()
-    if pending:
-        close()
+    rows = []
+    for number, sidecar in enumerate(sidecars):
+        offset = 0
+        for key, size, sha256, profiles, tiles in sidecar["groups"]:
+            rows.append((number, offset, size, bytes.fromhex(sha256), profiles, tiles, key))
+            offset += size
     index = _index(rows)
     index.save(folder / INDEX)
     return {
-        "shards": shards, "groups": len(index), "profiles": int(index.profiles.sum()), "tiles": int(index.tiles.sum()),
+        "shards": [{**{k: s[k] for k in ("name", "bytes", "sha256")}, "groups": len(s["groups"])} for s in sidecars],
+        "groups": len(index), "profiles": int(index.profiles.sum()), "tiles": int(index.tiles.sum()),
         "index_sha256": files.sha256_file(folder / INDEX),
     }  # fmt: skip
 
@@ -138,7 +173,7 @@ def _members(span: bytes) -> dict[str, bytes]:
 
 
 def decode_span(span: bytes, source: str) -> schema.Group:
-    """The group of `group_bytes`. `source` names it in errors."""
+    """The group of `group_parts`. `source` names it in errors."""
     return schema.decode(_members(span), source)
 
 
@@ -198,7 +233,7 @@ class ShardSet:
         Raises:
             ValueError: the shard is missing, truncated or damaged there (names shard and key).
         """
-        path = self.folder / split / f"{index.shard[i]:06d}.tar"
+        path = self.folder / split / shard_name(int(index.shard[i]))
         source = f"{path}: group {index.keys[i]}"
         if not path.is_file():
             raise ValueError(f"{source}: the shard is missing; restore it or pack again")

@@ -36,13 +36,10 @@ from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore, ZipStore
 
 from storm import files, schema
+from storm.counts import CHUNK, CODEC, CountReader, damaged
 from storm.genes import GeneTable
 
 _JPEG_CHUNK_BYTES = 1 << 20
-_CHUNK = 1 << 20  # entries of the other arrays
-# Bytes of equal weight side by side: gene numbers and counts come a fifth smaller than by zstd alone, and faster.
-_CODEC = BloscCodec(cname="zstd", clevel=3, shuffle="shuffle")
-_CACHED_CHUNKS = 32
 _PLACES = ("xy_um", "footprint_um", "footprint_kind", "polygon_indptr", "polygon_um")
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 SUFFIX = ".zarr.zip"
@@ -127,8 +124,8 @@ class _Growing:
 
 def _put(group: zarr.Group, name: str, data: npt.NDArray) -> None:
     # A chunk never smaller than one row keeps empty arrays legal.
-    chunks = (max(1, min(len(data), _CHUNK)), *data.shape[1:])
-    array = group.create_array(name, shape=data.shape, chunks=chunks, dtype=data.dtype, compressors=_CODEC)
+    chunks = (max(1, min(len(data), CHUNK)), *data.shape[1:])
+    array = group.create_array(name, shape=data.shape, chunks=chunks, dtype=data.dtype, compressors=CODEC)
     array[...] = data
 
 
@@ -171,7 +168,7 @@ class Writer:
             Depth [N] and number of genes [N] of each profile.
         """
         group, table = self._root.create_group("counts"), self._root.create_group("genes")
-        columns = {name: _Growing(group, name, "int32", _CHUNK, _CODEC) for name in ("gene", "count")}
+        columns = {name: _Growing(group, name, "int32", CHUNK, CODEC) for name in ("gene", "count")}
         total = np.zeros(len(genes), np.int64)
         depths, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for block in blocks:
@@ -269,7 +266,6 @@ class SlideStore:
         self._offsets = self._array("tiles/offsets")
         self._crc32 = self._array("tiles/crc32")
         self.tile_index = {(int(r), int(c)): i for i, (r, c) in enumerate(self.place)}
-        self._chunk = functools.lru_cache(_CACHED_CHUNKS)(self._read_chunk)
 
     @property
     def tissue(self) -> npt.NDArray[np.float32]:
@@ -280,7 +276,7 @@ class SlideStore:
         try:
             return np.asarray(self._root[name][span])  # type: ignore[index]
         except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-            raise ValueError(f"{self.path}: {name} is damaged ({error}); delete it and run data_prep.build") from error
+            raise damaged(self.path, name, error) from error
 
     def __len__(self) -> int:
         return len(self.place)
@@ -352,25 +348,17 @@ class SlideStore:
         """[N + 1] where each profile's counts start."""
         return self._array("counts/indptr")
 
-    def _read_chunk(self, name: str, k: int) -> npt.NDArray[np.int32]:
-        return self._array(f"counts/{name}", slice(k * _CHUNK, (k + 1) * _CHUNK))
+    @functools.cached_property
+    def _counts(self) -> CountReader:
+        return CountReader(self.path, self.indptr)
+
+    def scattered(self, rows: npt.NDArray[np.int64]) -> bool:
+        """Whether the counts of some profiles lie in so many chunks that a second look would read them again."""
+        return self._counts.scattered(rows)
 
     def counts(self, rows: npt.NDArray[np.int64]) -> schema.CountBlock:
         """The counts of some profiles, without reading those of all: best for rows that lie near each other."""
-        indptr, entries = schema.spans(self.indptr, rows)
-        chunk = entries // _CHUNK
-        order = np.argsort(
-            chunk.astype(np.int16), kind="stable"
-        )  # 16 bits are sorted by radix, and number 3e10 entries
-        numbers, starts = np.unique(chunk[order], return_index=True)
-        parts = list(zip(numbers.tolist(), np.split(order, starts[1:]), strict=False))  # no entry: no number, one part
-        values = []
-        for name in ("gene", "count"):
-            found = np.empty(len(entries), np.int32)
-            for k, part in parts:
-                found[part] = self._chunk(name, k)[entries[part] - k * _CHUNK]
-            values.append(found)
-        return schema.CountBlock(indptr, *values)
+        return self._counts.read(rows)
 
     def quality(self) -> dict[str, npt.NDArray]:
         """Per profile, as schema.PROFILE_QUALITY."""

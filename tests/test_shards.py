@@ -1,8 +1,10 @@
 """Shards: random access, verified; readable by plain webdataset; rebuilt byte for byte."""
 
+import io
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,22 +57,61 @@ def test_members_carry_no_owner_and_no_time(tiny_shards: Path) -> None:
         assert {(m.uid, m.gid, m.uname, m.gname, m.mtime, m.mode) for m in tar} == {(0, 0, "", "", 0, 0o644)}
 
 
-def test_a_rewritten_split_is_byte_identical(tiny_shards: Path, tmp_path: Path) -> None:
+def rewritten(tiny_shards: Path, folder: Path, per_shard: int) -> tuple[shards.Index, dict[str, Any]]:
+    """The groups of a split written again; (their index, the new split's entry)."""
     opened = shards.ShardSet(tiny_shards)
     index = opened.index(SPLIT)
-    groups = [(index.keys[i], opened.read(SPLIT, index, i)) for i in range(len(index))]
-    entry = shards.write_split(tmp_path / SPLIT, groups, 100_000_000)
-    assert entry == opened.manifest["splits"][SPLIT]
+    numbers = range(-(-len(index) // per_shard))
+    for number in numbers:
+        writer = shards.ShardWriter(folder, number)
+        for i in range(number * per_shard, min(len(index), (number + 1) * per_shard)):
+            writer.add(index.keys[i], opened.read(SPLIT, index, i))
+        writer.close(folder / SPLIT)
+    sidecars = [found for n in numbers if (found := shards.read_sidecar(folder / SPLIT, n))]
+    return index, shards.join_split(folder / SPLIT, sidecars)
+
+
+def test_a_rewritten_split_is_byte_identical(tiny_shards: Path, tmp_path: Path) -> None:
+    _, entry = rewritten(tiny_shards, tmp_path, 10_000)
+    assert entry == shards.ShardSet(tiny_shards).manifest["splits"][SPLIT]
     assert tar_of(tmp_path).read_bytes() == tar_of(tiny_shards).read_bytes()
 
 
 def test_small_shards_hold_the_same_groups(tiny_shards: Path, tmp_path: Path) -> None:
+    index, entry = rewritten(tiny_shards, tmp_path, 1)
+    assert [s["groups"] for s in entry["shards"]] == [1] * len(index)
+    assert shards.Index.load(tmp_path / SPLIT / shards.INDEX).hash == index.hash
+    assert sorted(p.name for p in tmp_path.iterdir()) == [SPLIT]
+
+
+def test_a_group_is_the_tar_that_the_library_would_write(tiny_shards: Path) -> None:
     opened = shards.ShardSet(tiny_shards)
     index = opened.index(SPLIT)
-    groups = [(index.keys[i], opened.read(SPLIT, index, i)) for i in range(len(index))]
-    entry = shards.write_split(tmp_path / SPLIT, groups, 1)
-    assert [s["groups"] for s in entry["shards"]] == [1] * len(groups)
-    assert shards.Index.load(tmp_path / SPLIT / shards.INDEX).hash == index.hash
+    group, buffer = opened.read(SPLIT, index, 0), io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in schema.encode(group):
+            entry = tarfile.TarInfo(f"{index.keys[0]}.{name}")
+            entry.size, entry.mode = len(data), 0o644
+            tar.addfile(entry, io.BytesIO(data))
+        end = tar.offset
+    assert b"".join(shards.group_parts(index.keys[0], group)) == buffer.getvalue()[:end]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "000000.tar").unlink(),
+        lambda folder: (folder / "000000.tar").open("ab").write(b"x"),
+        lambda folder: (folder / "000000.tar.json").write_text("{"),
+        lambda folder: (folder / "000000.tar.json").write_text("[]"),
+        lambda folder: (folder / "000000.tar.json").write_text('{"bytes": 1}'),
+    ],
+)
+def test_a_shard_is_complete_only_with_its_sidecar(tiny_shards: Path, tmp_path: Path, damage) -> None:
+    rewritten(tiny_shards, tmp_path, 10_000)
+    assert shards.read_sidecar(tmp_path / SPLIT, 0)
+    damage(tmp_path / SPLIT)
+    assert shards.read_sidecar(tmp_path / SPLIT, 0) is None
 
 
 def test_a_truncated_tar_is_named(shard_copy: Path) -> None:

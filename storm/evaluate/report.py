@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from storm import files, inference, results
-from storm.card import clean
-from storm.card import table as markdown
 from storm.evaluate import figures, targets
 from storm.evaluate.classes import class_table
 from storm.evaluate.expression import Cohort, evaluate, gene_rules, open_cohort
 from storm.export import Pretrained, load
+from storm.markdown import clean
+from storm.markdown import table as markdown
 
 VALUES = "evaluation.json"
 GENES_DRAWN = 3

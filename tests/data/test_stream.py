@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storm import files
+from storm import files, schema
 from storm.config import MaskConfig
 from storm.data.stream import GroupStream, Order, Position, accumulation, batches, permutation
 from storm.genes import GeneTable, pack_panel
-from storm.shards import GENES, MANIFEST, ShardSet, write_split
+from storm.shards import GENES, MANIFEST, ShardSet, ShardWriter, join_split, read_sidecar
 from tests.data import samples
 
 GROUPS, BATCH = 7, 4
@@ -22,14 +22,18 @@ GROUPS, BATCH = 7, 4
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """Seven hand-made groups in two small tars."""
     folder = tmp_path_factory.mktemp("shards")
-    keys = [(f"s1_{i}", samples.group(i, regions=1, panel="p" if i % 2 else "all")) for i in range(GROUPS)]
-    entry = write_split(folder / "train", keys, 40_000)
+    for number, members in enumerate((range(4), range(4, GROUPS))):
+        writer = ShardWriter(folder, number)
+        for i in members:
+            writer.add(f"s1_{i}", samples.group(i, regions=1, panel="p" if i % 2 else "all"))
+        writer.close(folder / "train")
+    entry = join_split(folder / "train", [found for n in range(2) if (found := read_sidecar(folder / "train", n))])
     ids = tuple(f"ENSG{i:011d}" for i in range(samples.GENES))
     table = GeneTable(ids, ids, samples.SHARE)
     files.write_bytes(folder / GENES, table.to_tsv())
     panels = {name: {"mask": pack_panel(mask)} for name, mask in samples.spec().panels.items()}
     manifest = {
-        "schema_version": 1, "genes_sha256": files.sha256_file(folder / GENES), "panels": panels,
+        "schema_version": schema.SCHEMA_VERSION, "genes_sha256": files.sha256_file(folder / GENES), "panels": panels,
         "gene_hash": table.hash, "splits": {"train": entry},
     }  # fmt: skip
     files.write_json(folder / MANIFEST, manifest)
@@ -144,7 +148,7 @@ def test_the_loss_genes_change_with_the_step(shards: ShardSet) -> None:
 
 def test_an_empty_split_is_refused(shards: ShardSet, tmp_path: Path) -> None:
     (tmp_path / GENES).write_bytes((shards.folder / GENES).read_bytes())
-    manifest = {**shards.manifest, "splits": {"train": write_split(tmp_path / "train", [], 100)}}
+    manifest = {**shards.manifest, "splits": {"train": join_split(tmp_path / "train", [])}}
     files.write_json(tmp_path / MANIFEST, manifest)
     with pytest.raises(ValueError, match="split 'train' holds no group"):
         stream(ShardSet(tmp_path))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from data_prep import build, pack, splits, vocabulary
+from data_prep import pack, records
+from data_prep.packing import groups, plan, write
 from storm import files, genes, schema, shards, store
 from storm.config import PrepConfig, load
 from tests.conftest import PREP_TINY
+from tests.data_prep.vendors import write_manifest
 
 CONFIG = load(PrepConfig, PREP_TINY)
 INFO = store.SlideInfo(
@@ -37,8 +37,10 @@ def groups_of(folder: Path) -> list[tuple[str, str, schema.Group]]:
     return found
 
 
-def write_store(folder: Path, what: store.SlideInfo, n: int, genes_: tuple[str, ...] = ("G1", "G2", "G3")) -> None:
-    """A store of n profiles on a line of tiles, one tile each."""
+def write_store(
+    folder: Path, what: store.SlideInfo, n: int, genes_: tuple[str, ...] = ("G1", "G2", "G3"), tiles: int | None = None
+) -> None:
+    """A store of n profiles on a line of tiles, one tile each (or only so many tiles)."""
     rng = np.random.default_rng(n)
     counts = rng.integers(1, 5, (n, len(genes_)))
     profiles = schema.Profiles(
@@ -46,9 +48,9 @@ def write_store(folder: Path, what: store.SlideInfo, n: int, genes_: tuple[str, 
         np.full(n, 55, np.float32), np.zeros(n, np.uint8), np.arange(n + 1, dtype=np.int64) * len(genes_),
         np.tile(np.arange(len(genes_), dtype=np.int32), n), counts.reshape(-1).astype(np.int32),
     )  # fmt: skip
-    tiles = [store.Tile(0, i, bytes([i % 256]) * 50, [1.0] * 7) for i in range(n)]
+    made = [store.Tile(0, i, bytes([i % 256]) * 50, [1.0] * 7) for i in range(n if tiles is None else tiles)]
     what = dataclasses.replace(what, facts={"profiles": n, "notes": []})
-    store.write(folder, what, tiles, profiles, genes.GeneTable(genes_, genes_))
+    store.write(folder, what, made, profiles, genes.GeneTable(genes_, genes_))
 
 
 def test_each_profile_is_in_exactly_one_group_with_its_own_counts(tiny_shards: Path, tiny_store: Path) -> None:
@@ -163,19 +165,43 @@ def test_packing_again_repairs(tiny_shards: Path, tiny_store: Path, tmp_path: Pa
     assert (out / name).read_bytes() == (tiny_shards / name).read_bytes()
 
 
-def test_a_failed_pack_leaves_the_old_set(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def content(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, hidden ones too."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_a_pack_that_ends_early_leaves_the_old_set_and_is_gone_on_with(
+    tiny_store: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
     out = tmp_path / "out"
-    pack.pack(tiny_store, out, CONFIG)
-    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    pack.pack(tiny_store, out, CONFIG.model_copy(update={"seed": 5}))
+    before = content(out)
+    written: list[object] = []
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    def stop(kind: type, name: str) -> None:
+        own = getattr(kind, name)
 
-    monkeypatch.setattr(shards, "write_split", stop)
+        def counted(*args: object) -> object:
+            written.append(args)
+            if len(written) == last:
+                raise KeyboardInterrupt
+            return own(*args)
+
+        monkeypatch.setattr(kind, name, counted)
+
+    stop(shards.ShardWriter, "close")  # the first shard, the second; and then the end
+    stop(files, "install_folder")
     with pytest.raises(KeyboardInterrupt):
-        pack.pack(tiny_store, out, CONFIG.model_copy(update={"seed": 5}))
-    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
-    assert shards.verify(out) == []
+        pack.pack(tiny_store, out, CONFIG)
+    assert content(out) == before
+    monkeypatch.undo()
+    close, closed = shards.ShardWriter.close, []
+    monkeypatch.setattr(shards.ShardWriter, "close", lambda *args: closed.append(args) or close(*args))
+    pack.pack(tiny_store, out, CONFIG)
+    assert len(closed) == 3 - last  # what was written is not written again
+    assert content(out) == content(tiny_shards)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_of_other_things_is_not_replaced(tiny_store: Path, tmp_path: Path) -> None:
@@ -189,6 +215,7 @@ def test_the_shard_manifest(tiny_shards: Path, tiny_store: Path) -> None:
     opened = shards.ShardSet(tiny_shards)
     manifest = opened.manifest
     assert manifest["prep"] == CONFIG.model_dump()
+    assert (manifest["appended_to"], manifest["genes_left_out"]) == ([], 0)
     assert (manifest["tile_px"], manifest["split_by"], manifest["seed"]) == (112, "donor", 0)
     assert manifest["gene_hash"] == opened.genes.hash
     assert opened.genes.share is not None
@@ -228,72 +255,64 @@ def test_wrong_tiles_no_training_slide_and_failures(tmp_path: Path, capsys: pyte
     assert "tiles of 112 px at 1.0 um, the config says 224 px" in capsys.readouterr().err
     assert pack.main([*words, "--config", str(PREP_TINY)]) == 2
     assert "no slide with profiles is in split train" in capsys.readouterr().err
-    write_store(stores, info("b", "d2", "train"), 12)
-    write_store(stores, info("c", "d3", "train"), 12)
-    files.write_json(stores / build.FAILURES, {"c": "its slide is damaged"})
-    assert pack.main([*words, "--config", str(PREP_TINY)]) == 0
-    assert "1 slides failed to build and are left out: c" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds no slide store"):
+        pack.pack(tmp_path / "nowhere", tmp_path / "out", CONFIG)
+
+
+def test_missing_slides_are_refused_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stores = tmp_path / "stores"
+    for i, name in enumerate("abcd"):
+        write_store(stores, info(name, f"d{i}"), 12)
+        path = store.store_path(stores, name)
+        records.write(stores, records.Record(name, "built", bytes=path.stat().st_size, sha256=files.sha256_file(path)))
+    records.write(stores, records.Record("c", "failed", "c.tif: its slide is damaged; restore it"))
+    store.store_path(stores, "d").write_bytes(b"cut")
+    rows = [{"slide_id": name, "image": f"{name}.tif", "platform": "image", "donor": name} for name in "abcde"]
+    write_manifest(tmp_path / "manifest.csv", rows)
+    words = ["--store", str(stores), "--out", str(tmp_path / "out"), "--config", str(PREP_TINY)]
+    words += ["--manifest", str(tmp_path / "manifest.csv")]
+    assert pack.main(words) == 2
+    told = capsys.readouterr().err
+    assert "3 slides are missing: c (failed: c.tif: its slide is damaged; restore it), d (its store is not" in told
+    assert "e (not built); build them, or pack without them by --allow-missing" in told
+    assert pack.main([*words, "--allow-missing"]) == 0
+    assert "3 slides are missing and left out: c, d, e" in capsys.readouterr().out
     assert set(shards.ShardSet(tmp_path / "out").manifest["slides"]) == {"a", "b"}
+
+
+def test_slides_without_an_image_are_packed(tmp_path: Path) -> None:
+    what = dataclasses.replace(info("e", "d1"), image=False)
+    write_store(tmp_path / "stores", what, 80, tiles=0)
+    pack.pack(tmp_path / "stores", tmp_path / "out", CONFIG)
+    found = groups_of(tmp_path / "out")
+    assert sum(len(group.profiles) for _, _, group in found) == 80
+    assert all(not group.tiles for _, _, group in found)
 
 
 def test_counts_bound_the_size_of_a_sample(tmp_path: Path) -> None:
     write_store(tmp_path, dataclasses.replace(info("a", "d1"), platform="xenium"), 300)
     opened = store.SlideStore(tmp_path / "a.zarr.zip")
-    profiles = opened.profiles()
-    profiles.xy_um[:] = 50.0  # all in one region
+    places = opened.places()
+    places.xy_um[:] = 50.0  # all in one region
     for config, largest in ((CONFIG, 300), (CONFIG.model_copy(update={"max_profiles": 40}), 40),
                             (CONFIG.model_copy(update={"max_group_mb": 0.001}), 41)):  # fmt: skip
-        parts = [len(r.profiles) for members in pack.plan_groups(opened, profiles, config) for r, _ in members]
+        parts = [len(r.profiles) for planned in groups.plan(opened, places, config) for r, _ in planned.regions]
         assert sum(parts) == 300
         assert largest / 2 < max(parts) <= largest
 
 
-slides = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), min_size=1, max_size=12)
-
-
-@given(slides, st.sampled_from([0.0, 0.3]), st.sampled_from([0.0, 0.2]), st.integers(0, 3))
-def test_assigned_splits_keep_donors_and_sections_whole(
-    rows: list[tuple[int, int]], test_share: float, val_share: float, seed: int
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_slide_that_memory_does_not_hold_is_packed_alike(
+    tiny_store: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scattered: bool
 ) -> None:
-    config = PrepConfig(test_share=test_share, val_share=val_share, seed=seed)
-    infos = [info(f"s{i}", f"d{donor}", section=f"c{cut}") for i, (donor, cut) in enumerate(rows)]
-    found = splits.assign(infos, config)
-    assert found.keys() == {i.slide_id for i in infos}
-    for one in infos:
-        for other in infos:
-            if one.donor == other.donor or one.section == other.section:
-                assert found[one.slide_id] == found[other.slide_id]
-    assert splits.assign(infos[::-1], config) == found
-    if not test_share and not val_share:
-        assert set(found.values()) == {"train"}
+    for module in (plan, write):
+        monkeypatch.setattr(module, "IN_MEMORY", 0)
+    monkeypatch.setattr(groups, "_BATCH", 5_000)  # about two groups
+    monkeypatch.setattr(store.SlideStore, "scattered", lambda self, rows: scattered)
+    pack.pack(tiny_store, tmp_path / "out", CONFIG)
 
+    def spans(folder: Path) -> set[bytes]:
+        opened = shards.ShardSet(folder)
+        return {row.tobytes() for split in opened.manifest["splits"] for row in opened.index(split).sha256}
 
-def test_shares_of_donors_are_met_and_told_splits_stay() -> None:
-    infos = [info(f"s{i}", f"d{i}") for i in range(20)] + [info("told", "d20", "val"), info("mate", "d20")]
-    found = splits.assign(infos, PrepConfig(test_share=0.25, val_share=0.1))
-    blank = [found[f"s{i}"] for i in range(20)]
-    assert [blank.count(split) for split in schema.SPLITS] == [13, 2, 5]
-    assert found["mate"] == "val"
-
-
-def test_shares_of_one_panel_are_the_mean_composition() -> None:
-    counts = np.array([[600.0, 400.0], [0.0, 10000.0]])
-    share = vocabulary.shares(counts, np.ones((2, 2), bool))
-    np.testing.assert_allclose(share, [0.3, 0.7], atol=1e-3)
-
-
-def test_shares_across_panels_are_consistent() -> None:
-    truth = np.array([0.5, 0.3, 0.15, 0.05])
-    measured = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1]], bool)
-    share = vocabulary.shares(np.where(measured, 1e9 * truth, 0), measured)
-    np.testing.assert_allclose(share, truth, rtol=1e-3)
-
-
-def test_a_gene_that_only_a_test_slide_measured_has_the_smallest_share(tmp_path: Path) -> None:
-    write_store(tmp_path, info("a", "d1", "train"), 12, ("G1", "G2"))
-    write_store(tmp_path, info("b", "d2", "test"), 12, ("G2", "G9"))
-    found = vocabulary.collect([(tmp_path / "a.zarr.zip", "train"), (tmp_path / "b.zarr.zip", "test")])
-    assert found.table.ids == ("G1", "G2", "G9")
-    assert found.table.share is not None
-    assert found.table.share[2] == found.table.share.min() > 0
-    assert found.panel_of["a"] != found.panel_of["b"]
+    assert spans(tmp_path / "out") == spans(tiny_shards)

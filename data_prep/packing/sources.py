@@ -1,0 +1,101 @@
+"""Which slide stores are packed, by their records alone.
+
+In: a folder of stores, perhaps its manifest, perhaps older shard sets that are appended to. Out: the stores with their
+sha256, those that are missing, and what the older sets hold.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep import records
+from data_prep.manifest import ManifestRow
+from storm import files, genes, shards, store
+
+_NAMED = 10  # of a long list so many are named
+
+
+@dataclass(frozen=True)
+class Source:
+    """One slide store on its way into shards."""
+
+    slide_id: str
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the shard sets hold that a new one is appended to, the newest last."""
+
+    manifests: tuple[str, ...] = ()  # sha256 of each
+    slides: dict[str, dict[str, Any]] = field(default_factory=dict)  # slide id -> its entry in the shard manifest
+    table: genes.GeneTable | None = None
+    reference: dict[str, Any] = field(default_factory=dict)
+
+
+def named(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def missing(store_dir: Path, rows: Sequence[ManifestRow]) -> dict[str, str]:
+    """slide id -> why it cannot be packed: it failed, its store is gone or cut short, or no one has built it."""
+    found = {}
+    for record in records.every(store_dir):
+        if record.state == "failed":
+            found[record.slide_id] = f"failed: {record.reason}"
+        elif not records.is_complete(store_dir, record):
+            found[record.slide_id] = "its store is not there as it was built"
+    for row in rows:
+        if row.slide_id not in found and not store.store_path(store_dir, row.slide_id).is_file():
+            found[row.slide_id] = "not built"
+    return dict(sorted(found.items()))
+
+
+def listed(store_dir: Path, left_out: dict[str, str]) -> list[Source]:
+    """The stores of a folder by slide id, each with the sha256 of its record; one without a record is read for it.
+
+    Raises:
+        ValueError: the folder holds no store.
+    """
+    found = []
+    for path in store.paths(store_dir):
+        slide_id = path.name.removesuffix(store.SUFFIX)
+        if slide_id not in left_out:
+            record = records.read(store_dir, slide_id)
+            found.append(Source(slide_id, path, record.sha256 if record else files.sha256_file(path)))
+    return found
+
+
+def check_missing(store_dir: Path, left_out: dict[str, str]) -> None:
+    """Raises ValueError where a slide is missing, naming slides and reasons."""
+    if left_out:
+        lines = [f"{name} ({reason})" for name, reason in left_out.items()]
+        raise ValueError(
+            f"{store_dir}: {len(left_out)} slides are missing: {named(lines)}; build them, or pack without them by "
+            "--allow-missing"
+        )
+
+
+def held(folders: Sequence[Path]) -> Held:
+    """What a chain of shard sets holds.
+
+    Raises:
+        ValueError: a set does not open, holds a slide of an earlier one, or has other genes.
+    """
+    slides: dict[str, dict[str, Any]] = {}
+    sets = [shards.ShardSet(folder) for folder in folders]
+    for opened in sets:
+        twice = sorted(slides.keys() & opened.manifest["slides"].keys())
+        if twice:
+            raise ValueError(f"{opened.folder}: slide {twice[0]} is in an earlier set of the chain too; name each once")
+        if opened.genes.hash != sets[0].genes.hash:
+            raise ValueError(f"{opened.folder}: has other genes than {sets[0].folder}; append to sets of one chain")
+        slides |= opened.manifest["slides"]
+    if not sets:
+        return Held()
+    manifests = tuple(files.sha256_file(opened.folder / shards.MANIFEST) for opened in sets)
+    return Held(manifests, slides, sets[0].genes, sets[0].manifest["reference"])
