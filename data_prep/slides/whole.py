@@ -163,7 +163,9 @@ def _converted(path: Path, kind: str, size: tuple[int, int], folder: Path) -> Pa
     print(f"{path.name}: decoding into a scratch file of {needed / 1e9:.1f} GB", flush=True)
     target = files.temporary(folder / _NAME)
     try:
-        image = getattr(pyvips.Image, f"{kind.lower()}load")(str(path), access="sequential", fail_on="error")
+        # Unlimited: libvips would refuse a strip of more than 50 MB; the size of the image was checked above.
+        load = getattr(pyvips.Image, f"{kind.lower()}load")
+        image = load(str(path), access="sequential", fail_on="error", unlimited=True)
         if image.interpretation != "srgb":
             image = image.colourspace("srgb")
         if image.hasalpha():
