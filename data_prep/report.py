@@ -31,6 +31,7 @@ from storm.commands import guarded
 
 _PICTURE_BYTES = 36_000_000  # of all pictures; base64 and the rest make it about 55 MB at most
 _MOST_PICTURE_BYTES = 160_000  # of one slide
+_MOST_ROWS = 300  # of pairs of slides, and of warnings
 _FIRST_FACTS = ("tiles", "profiles", "genes", "median_depth", "median_genes", "tissue_mm2", "sharpness_median")
 _QUIET_FACTS = {"fingerprints", "notes", "flagged", "alignment_check"}  # told in their own place, or not for people
 _SCRIPT = resources.files("data_prep").joinpath("report_page.js")
@@ -215,7 +216,7 @@ def render(folder: Path, rows: Sequence[manifest.ManifestRow] = (), shard_set: P
         failures=_failures(failed), missing=sorted(wanted - built - set(failed)), axes=AXES,
         strange=sorted(built - wanted) if wanted else [], warnings=_warnings(slides),
         duplicates=fingerprints.notes(slide.info for slide in slides),
-        shards=_shards(shard_set) if shard_set else [], script=Markup(script),
+        most=_MOST_ROWS, shards=_shards(shard_set) if shard_set else [], script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         ramp=", ".join(f"#{r:02x}{g:02x}{b:02x}" for r, g, b in report_figures.palette()[::2]),
         svg=lambda name, counts: Markup(report_figures.svg(name, counts, spans[name])),

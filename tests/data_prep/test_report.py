@@ -105,11 +105,22 @@ def test_shards_are_told(tiny_store: Path, tiny_shards: Path, tmp_path: Path) ->
     assert told and int(told[1]) + int(told[2]) == groups
 
 
-def test_notes_that_warn_are_listed_apart(built: Built, corpus: Path, tmp_path: Path) -> None:
-    rows = [{"slide_id": "w", "image": "images/v.tif", "measurement": "v/outs", "platform": "visium", "mpp": "0.6"}]
+def test_notes_that_warn_are_listed_apart_up_to_a_limit(
+    built: Built, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visium = {"measurement": "v/outs", "platform": "visium", "mpp": "0.6"}
+    rows = [
+        {"slide_id": "w", "image": "images/v.tif", **visium},
+        {"slide_id": "x", "image": "images/t.tif", **visium, "section": "w"},
+    ]
     _, folder = built(manifest=write_manifest(corpus / "m.csv", rows))
-    look = text_of(page(folder, tmp_path)).partition("To look at slide what")[2]
-    assert look.partition("Corpus")[0].strip().startswith("w mpp 0.6000 (manifest) and 1.0000 (lattice)")
+    look = text_of(page(folder, tmp_path)).partition("To look at slide what")[2].partition("Corpus")[0]
+    assert look.strip().startswith("w mpp 0.6000 (manifest) and 1.0000 (lattice)")
+    assert " x mpp 0.6000" in look
+    monkeypatch.setattr(report, "_MOST_ROWS", 1)
+    look = text_of(page(folder, tmp_path)).partition("To look at slide what")[2].partition("Corpus")[0]
+    assert " x mpp 0.6000" not in look
+    assert re.search(r"The first 1 of 0 pairs and of 6 warnings", look)
 
 
 def test_wrong_usage_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
