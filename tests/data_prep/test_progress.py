@@ -32,7 +32,7 @@ def test_steps_without_a_text_are_told_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("data_prep.progress.time.monotonic", lambda: now[0])
     shown = progress.Progress(4_000_000, unit="B", scaled=True)
     for seconds in (1, 30, 31, 3700):
         now[0] = 100.0 + seconds
