@@ -12,13 +12,13 @@ others on the machine disturb them little.
 import argparse
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -196,33 +196,37 @@ def speeds(case: Case, repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def _loop(case: Case, repeats: int, barrier: Barrier) -> None:
+def _loop(case: Case, repeats: int, barrier: Barrier, sender: Connection) -> None:
     cv2.setNumThreads(1)
     runs = [_ours(case) for _ in range(repeats)]
     barrier.wait()
+    start, busy = time.perf_counter(), time.process_time()
     for run in runs:
         run()
-    barrier.wait()
+    sender.send((time.perf_counter() - start, time.process_time() - busy))
 
 
-def scaling(case: Case, repeats: int) -> float:
-    """How many times the tiles per second of one process two of them give, by the clock; the quickest of the repeats,
-    because two processes on two cores feel everyone else on the machine."""
+def scaling(case: Case, repeats: int) -> tuple[float, float]:
+    """How many times the tiles per second of one process two of them give: by the clock, and by processor time.
+
+    By the clock the quickest repeats count: two processes on two cores feel everyone else on the machine. By processor
+    time only what they take from each other is seen: memory, caches.
+    """
     context = multiprocessing.get_context("spawn")
-    seconds: dict[int, list[float]] = {1: [], 2: []}
+    seconds: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     for _ in range(repeats):
-        for workers in seconds:
-            barrier = context.Barrier(workers + 1)
-            running = [context.Process(target=_loop, args=(case, 3, barrier)) for _ in range(workers)]
+        for workers, found in seconds.items():
+            barrier = context.Barrier(workers)
+            pipes = [context.Pipe(duplex=False) for _ in range(workers)]
+            running = [context.Process(target=_loop, args=(case, 3, barrier, sender)) for _, sender in pipes]
             for process in running:
                 process.start()
-            barrier.wait()
-            start = time.perf_counter()
-            barrier.wait()
-            seconds[workers].append(time.perf_counter() - start)
+            told = [receiver.recv() for receiver, _ in pipes]
+            found.append((max(wall for wall, _ in told), max(busy for _, busy in told)))
             for process in running:
                 process.join()
-    return 2 * min(seconds[1]) / min(seconds[2])
+    wall, busy = ([min(at[i] for at in seconds[workers]) for workers in (1, 2)] for i in (0, 1))
+    return 2 * wall[0] / wall[1], 2 * busy[0] / busy[1]
 
 
 def _walk(case: Case, blocks: int) -> None:
@@ -233,11 +237,11 @@ def _walk(case: Case, blocks: int) -> None:
     _ours(case, 8 * blocks)()
 
 
-def _measured(case: Case, blocks: int, sender: "multiprocessing.connection.Connection") -> None:
+def _measured(case: Case, blocks: int, sender: Connection) -> None:
     start = time.perf_counter()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _walk(case, blocks)
-    sender.send((before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - start))
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    sender.send((int(line.split()[1]) * 1024, time.perf_counter() - start))
 
 
 def peak_memory(case: Case, blocks: int = 3) -> tuple[float, float]:
@@ -246,9 +250,9 @@ def peak_memory(case: Case, blocks: int = 3) -> tuple[float, float]:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measured, args=(case, blocks, sender))
     process.start()
-    _, peak_kb, seconds = receiver.recv()
+    peak_bytes, seconds = receiver.recv()
     process.join()
-    return peak_kb * 1024 / 1e9, seconds
+    return peak_bytes / 1e9, seconds
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -270,7 +274,10 @@ def images(given: Sequence[Path], repeats: int, sizes_k: Sequence[int]) -> None:
             rows.append([case.name, *rates, *(f"{ratio:.2f}" for ratio in ratios)])
         head = ["tiles of 224 px at 0.5 um/px", "plain /s", "ours /s", "limit /s", "ours / plain", "ours / limit"]
         print(_table(head, rows), flush=True)
-        print(f"Two processes: {scaling(cases[-3], repeats):.2f} times one ({os.cpu_count()} cores).\n", flush=True)
+        wall, busy = scaling(cases[-3], repeats)
+        load = os.getloadavg()[0]
+        print(f"Two processes: {wall:.2f} times one by the clock (load {load:.1f} on {os.cpu_count()} cores), ", end="")
+        print(f"{busy:.2f} by processor time.\n", flush=True)
         encoded = _segments(_texture(_TEXTURE_PX, 0.25), _jpeg)
         rows = []
         for k in sizes_k:
