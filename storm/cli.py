@@ -286,7 +286,10 @@ def verify(args: argparse.Namespace) -> int:
     elif (args.folder / shards.MANIFEST).is_file():
         faults = shards.verify(args.folder)
     else:
-        raise ValueError(f"{args.folder}: is neither an export ({exporter.SUMS}) nor a shard set ({shards.MANIFEST})")
+        raise ValueError(
+            f"{args.folder}: is neither an export ({exporter.SUMS}) nor a shard set ({shards.MANIFEST}); slide stores "
+            "are read by python -m data_prep.verify"
+        )
     print("\n".join(faults) or f"{args.folder}: every hash holds")
     return 1 if faults else 0
 

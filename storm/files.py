@@ -13,7 +13,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _BLOCK_BYTES = 1 << 20
 _SLURM_SECONDS = 10  # for an answer; without one nothing is removed
@@ -110,6 +110,29 @@ def sweep(folder: Path, name: str | None = None) -> list[Path]:
             else:
                 path.unlink()
     return [path for _, path in swept]
+
+
+class Leftover(NamedTuple):
+    """A temporary name in a folder, whose it is, and whether that process is known to be gone."""
+
+    path: Path
+    owner: str
+    dead: bool
+
+
+def leftovers(folder: Path) -> list[Leftover]:
+    """What `sweep` would look at, by name; nothing is removed."""
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    found = [left for entry in entries if (left := _TEMPORARY.fullmatch(entry))]
+    dead = {left.string for left in _dead(found)}
+    return [
+        Leftover(
+            folder / left.string,
+            f"process {left['pid']} of host {left['host']}" + (f", job {left['job']}" if left["job"] != "0" else ""),
+            left.string in dead,
+        )
+        for left in found
+    ]
 
 
 @contextlib.contextmanager

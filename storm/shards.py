@@ -161,7 +161,7 @@ def _index(rows: list[tuple[int, int, int, bytes, int, int, str]]) -> Index:
     )  # fmt: skip
 
 
-def _members(span: bytes) -> dict[str, bytes]:
+def members(span: bytes) -> dict[str, bytes]:
     """Name behind the key -> bytes. Read by hand: tarfile takes about ten times as long per member."""
     found, at = {}, 0
     while at + _BLOCK <= len(span):
@@ -174,7 +174,7 @@ def _members(span: bytes) -> dict[str, bytes]:
 
 def decode_span(span: bytes, source: str) -> schema.Group:
     """The group of `group_parts`. `source` names it in errors."""
-    return schema.decode(_members(span), source)
+    return schema.decode(members(span), source)
 
 
 class ShardSet:

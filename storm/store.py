@@ -281,6 +281,11 @@ class SlideStore:
     def __len__(self) -> int:
         return len(self.place)
 
+    def lengths(self) -> dict[str, int]:
+        """Length of every array by its name, without reading any."""
+        arrays = self._root.members(max_depth=None)
+        return {name: int(array.shape[0]) for name, array in arrays if isinstance(array, zarr.Array)}
+
     def tile_bytes(self, i: int) -> int:
         """Size of tile i's JPEG in bytes."""
         return int(self._offsets[i + 1] - self._offsets[i])

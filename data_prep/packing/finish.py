@@ -4,6 +4,7 @@ In: the folder in which a set was made, its plan. Out: the shard set. The folder
 place is the old one or the new one; nothing but the set is left.
 """
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,22 @@ from storm import files, genes, schema, shards
 from storm.config import PrepConfig
 
 PLAN = "plan.json"
-_SUFFIX = ".packing"
+_WORK = r"\.{}\.[0-9a-f]{{16}}\.packing"
 
 
 def work_folder(out: Path, fingerprint: str) -> Path:
     """Where the set of a plan is made: beside its place, of a name that other plans do not share."""
-    return out.with_name(f".{out.name}.{fingerprint[:16]}{_SUFFIX}")
+    return out.with_name(f".{out.name}.{fingerprint[:16]}.packing")
+
+
+def unfinished(out: Path) -> list[Path]:
+    """What packs for this place have left, of any plan."""
+    return sorted(path for path in out.parent.iterdir() if re.fullmatch(_WORK.format(re.escape(out.name)), path.name))
 
 
 def clear(out: Path) -> None:
-    """Remove what packs for this place have left, of this plan or another."""
-    for folder in out.parent.glob(f".{out.name}.*{_SUFFIX}"):
+    """Remove what packs for this place have left."""
+    for folder in unfinished(out):
         shutil.rmtree(folder, ignore_errors=True)
     files.sweep(out.parent, out.name)
 
