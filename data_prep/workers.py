@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar, cast
 
-Item, Answer = TypeVar("Item"), TypeVar("Answer")
+_SHARED = ["data_prep.one_slide", "data_prep.inputs", "data_prep.platforms.visium"]
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 def _child(work: Callable[[Item], Answer], item: Item, sender: Connection) -> None:
@@ -30,9 +32,12 @@ def run(
     if workers == 1:
         yield from map(work, items)
         return
-    context = multiprocessing.get_context("spawn")  # OpenSlide's handles and threads do not survive a fork
+    # OpenSlide's handles and threads do not survive a fork, so every process is forked from a server that has opened
+    # nothing, and has imported once what they all need.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_SHARED)
     waiting = list(items)
-    running: dict[int, tuple[Item, Any, Connection]] = {}
+    running: dict[Connection, tuple[Item, Any]] = {}
     while waiting or running:
         while waiting and len(running) < workers:
             receiver, sender = context.Pipe(duplex=False)
@@ -40,15 +45,17 @@ def run(
             process = context.Process(target=_child, args=(work, item, sender), daemon=True)
             process.start()
             sender.close()
-            running[process.sentinel] = (item, process, receiver)
-        for sentinel in wait(list(running)):
-            yield _answer(*running.pop(cast(int, sentinel)), died)
+            running[receiver] = (item, process)
+        for receiver in cast(list[Connection], wait(list(running))):  # readable: an answer, or the end of its process
+            yield _answer(*running.pop(receiver), receiver, died)
 
 
 def _answer(item: Item, process: Any, receiver: Connection, died: Callable[[Item, str], Answer]) -> Answer:
-    process.join()
     with contextlib.suppress(EOFError):  # it died before it could send
-        return cast(Answer, receiver.recv())
+        answer: Answer = receiver.recv()
+        process.join()
+        return answer
+    process.join()
     return died(
         item, f"its process ended with code {process.exitcode} (see above; -9 is often a lack of memory); run again"
     )

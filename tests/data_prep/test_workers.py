@@ -27,3 +27,11 @@ def test_a_process_that_is_killed_is_told_and_the_others_go_on(processes: int) -
 
 def test_one_worker_is_this_process() -> None:
     assert list(workers.run([1, 3], lambda n: os.getpid(), died, 1)) == [os.getpid()] * 2
+
+
+def large(number: int) -> bytes:
+    return bytes(number)
+
+
+def test_an_answer_may_be_larger_than_a_pipe() -> None:
+    assert [len(answer) for answer in workers.run([3_000_000], large, lambda n, reason: b"", 2)] == [3_000_000]
