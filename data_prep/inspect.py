@@ -86,7 +86,7 @@ def store_text(path: Path) -> list[str]:
     lines.append(f"tiles: {len(opened)}")
     if len(opened):
         rows, cols = opened.place.T
-        sizes = np.array([opened.tile_bytes(i) for i in range(len(opened))])
+        sizes = opened.tile_bytes
         lines += _rows([
             ("rows", f"{rows.min()} .. {rows.max()}"), ("cols", f"{cols.min()} .. {cols.max()}"),
             ("JPEG bytes", _spread(sizes)),

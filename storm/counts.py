@@ -20,8 +20,10 @@ CHUNK = 1 << 20  # entries of an array
 # Bytes of equal weight side by side: gene numbers and counts come a fifth smaller than by zstd alone, and faster.
 CODEC, _DECODER = BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"), Blosc()
 _CACHED = 64  # chunks, 256 MB
+_LONG = 1000  # entries of a run, on average, from which it is copied as a piece
 
 Rows = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int32]
 
 
 def damaged(path: Path, name: str, error: Exception) -> ValueError:
@@ -67,14 +69,31 @@ class CountReader:
         """
         starts, ends = self.indptr[rows], self.indptr[rows + 1]
         indptr = np.concatenate([[0], np.cumsum(ends - starts)]).astype(np.int64)
-        first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # of each run of rows that follow each other
-        runs = np.stack([starts[first], np.append(ends[first[1:] - 1], ends[-1:]), indptr[first]], axis=1)
         gene, count = (np.empty(indptr[-1], np.int32) for _ in range(2))
-        for at, end, to in runs[np.argsort(runs[:, 0], kind="stable")].tolist():  # each chunk is come to once
+        first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # of each run of rows that follow each other
+        if len(first) * _LONG < indptr[-1]:
+            runs = np.stack([starts[first], np.append(ends[first[1:] - 1], ends[-1:]), indptr[first]], axis=1)
+            self._copy(runs[np.argsort(runs[:, 0], kind="stable")], gene, count)
+        else:
+            self._gather(np.repeat(starts - indptr[:-1], ends - starts) + np.arange(indptr[-1]), gene, count)
+        return schema.CountBlock(indptr, gene, count)
+
+    def _copy(self, runs: Rows, gene: Ints, count: Ints) -> None:
+        """Fill the counts of runs (start, end, place in the answer), by start, so that each chunk is come to once."""
+        for at, end, to in runs.tolist():
             while at < end:
                 k, inside = divmod(at, CHUNK)
                 size = min(end - at, CHUNK - inside)
                 gene[to : to + size] = self._chunk("gene", k)[inside : inside + size]
                 count[to : to + size] = self._chunk("count", k)[inside : inside + size]
                 at, to = at + size, to + size
-        return schema.CountBlock(indptr, gene, count)
+
+    def _gather(self, entries: Rows, gene: Ints, count: Ints) -> None:
+        """The same for single entries, where runs are too short to be worth their while."""
+        chunk = (entries // CHUNK).astype(np.int16)  # sorted by radix; 16 bits number 3e10 entries
+        order = np.argsort(chunk, kind="stable")
+        starts = np.flatnonzero(np.diff(chunk[order], prepend=-1))
+        for part in np.split(order, starts[1:]) if len(order) else []:
+            k = int(chunk[part[0]])
+            inside = entries[part] - k * CHUNK
+            gene[part], count[part] = self._chunk("gene", k)[inside], self._chunk("count", k)[inside]

@@ -62,21 +62,30 @@ def _parts(xy_um: npt.NDArray[np.float64], members: Rows, cap: int) -> list[Rows
 
 def tiles_read(xy_um: npt.NDArray[np.float64], footprint_um: npt.NDArray[np.float32], tile_um: float) -> Rows:
     """[M, 2] unique (row, col) of the tiles that any profile reads: its footprint and one tile's width around it."""
+    return tiles_by(np.zeros(len(xy_um), np.int64), xy_um, footprint_um, tile_um)[:, 1:]
+
+
+def tiles_by(
+    owner: Rows, xy_um: npt.NDArray[np.float64], footprint_um: npt.NDArray[np.float32], tile_um: float
+) -> Rows:
+    """[M, 3] unique (owner, row, col), in that order, of the tiles that the profiles of each owner (0, 1, ..) read."""
     reach = np.maximum(footprint_um.astype(np.float64), tile_um)[:, None] / 2
     low = np.floor((xy_um - reach) / tile_um).astype(np.int64)
     high = np.ceil((xy_um + reach) / tile_um).astype(np.int64)  # exclusive: a window that ends on a line stops there
     if not len(low):
-        return np.zeros((0, 2), np.int64)
+        return np.zeros((0, 3), np.int64)
     (left, top), (width, height) = low.min(axis=0), (high - low).max(axis=0)
-    stride = int(high[:, 0].max() - left)
+    across, down = high.max(axis=0) - (left, top)
     found = []
-    for down in range(height):  # windows are two tiles wide at most, unless footprints are larger than tiles
-        for right in range(width):
-            corner = low + np.array([right, down])
-            corner = corner[(corner < high).all(axis=1)]
-            found.append(np.unique((corner[:, 1] - top) * stride + corner[:, 0] - left))
-    row, col = np.divmod(np.unique(np.concatenate(found)), stride)
-    return np.stack([row + top, col + left], axis=1)
+    for y in range(height):  # windows are two tiles wide at most, unless footprints are larger than tiles
+        for x in range(width):
+            corner = low + np.array([x, y])
+            inside = (corner < high).all(axis=1)
+            col, row = (corner[inside] - (left, top)).T
+            found.append(np.unique((owner[inside] * down + row) * across + col))
+    rest, col = np.divmod(np.unique(np.concatenate(found)), across)
+    of, row = np.divmod(rest, down)
+    return np.stack([of, row + top, col + left], axis=1)
 
 
 def region_tiles(region: Region, read: Rows, present: Container[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -10,7 +10,6 @@ One sample of a shard, key = text before the first dot:
     <slide>_<group>.profiles.npz    arrays only: region, xy_um, footprint_*, polygon_*, indptr, gene, count, ids
 """
 
-import dataclasses
 import io
 import json
 import re
@@ -252,7 +251,7 @@ def encode(group: Group) -> list[tuple[str, bytes]]:
         "polygon_indptr": p.polygon_indptr, "polygon_um": p.polygon_um, "ids": pack_text(p.ids),
     }  # fmt: skip
     tiles = [(f"g{g}r{r}c{c}.jpg", data) for (g, r, c), data in sorted(group.tiles.items())]
-    meta = dump_json(dataclasses.asdict(group.meta))
+    meta = dump_json({**vars(group.meta), "regions": [vars(region) for region in group.meta.regions]})
     return [("meta.json", meta), *tiles, ("profiles.npz", save_arrays(arrays))]
 
 

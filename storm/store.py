@@ -262,10 +262,17 @@ class SlideStore:
             )
         self.info = SlideInfo(**attributes)
         self.place: npt.NDArray[np.int32] = self._array("tiles/place")  # [T, 2] (row, col)
-        self.tile_quality: npt.NDArray[np.float32] = self._array("tiles/quality")  # [T, Q] as schema.TILE_QUALITY
         self._offsets = self._array("tiles/offsets")
-        self._crc32 = self._array("tiles/crc32")
         self.tile_index = {(int(r), int(c)): i for i, (r, c) in enumerate(self.place)}
+
+    @functools.cached_property
+    def tile_quality(self) -> npt.NDArray[np.float32]:
+        """[T, Q] as schema.TILE_QUALITY."""
+        return self._array("tiles/quality")
+
+    @functools.cached_property
+    def _crc32(self) -> npt.NDArray[np.uint32]:
+        return self._array("tiles/crc32")
 
     @property
     def tissue(self) -> npt.NDArray[np.float32]:
@@ -286,9 +293,10 @@ class SlideStore:
         arrays = self._root.members(max_depth=None)
         return {name: int(array.shape[0]) for name, array in arrays if isinstance(array, zarr.Array)}
 
-    def tile_bytes(self, i: int) -> int:
-        """Size of tile i's JPEG in bytes."""
-        return int(self._offsets[i + 1] - self._offsets[i])
+    @property
+    def tile_bytes(self) -> npt.NDArray[np.int64]:
+        """[T] size of each tile's JPEG."""
+        return np.diff(self._offsets)
 
     @functools.cached_property
     def _jpeg_places(self) -> npt.NDArray[np.int64]:
@@ -335,11 +343,15 @@ class SlideStore:
         """[G] summed counts of each gene of `genes()`."""
         return self._array("genes/total")
 
-    def places(self) -> schema.Profiles:
-        """All profiles without their counts."""
-        ids = schema.unpack_text(self._array("profiles/ids"))
+    def genes_hash(self) -> str:
+        """`genes().hash`, without making the list: the ids are stored as what it is taken of."""
+        return files.sha256_of(self._array("genes/ids").tobytes())
+
+    def places(self, bare: bool = False) -> schema.Profiles:
+        """All profiles without their counts; `bare`: also without their names and the vertices of their polygons."""
+        arrays = {name: self._array(f"profiles/{name}") for name in _PLACES[: len(_PLACES) - bare]}
+        ids = [""] * len(arrays["xy_um"]) if bare else schema.unpack_text(self._array("profiles/ids"))
         none = np.zeros(0, np.int32)
-        arrays = {name: self._array(f"profiles/{name}") for name in _PLACES}
         return schema.Profiles(ids=ids, indptr=np.zeros(len(ids) + 1, np.int64), gene=none, count=none, **arrays)
 
     def profiles(self) -> schema.Profiles:
@@ -369,9 +381,9 @@ class SlideStore:
         """Per profile, as schema.PROFILE_QUALITY."""
         return {name: self._array(f"quality/{name}") for name in schema.PROFILE_QUALITY}
 
-    def log_density(self) -> float:
-        """Mean over the profiles with counts of log(depth / footprint area in um2)."""
-        return schema.slide_log_density(self._array("quality/depth"), self.places().area_um2)
+    def log_density(self, places: schema.Profiles) -> float:
+        """Mean over the profiles (`places()`, which may be bare) with counts of log(depth / footprint area in um2)."""
+        return schema.slide_log_density(self._array("quality/depth"), places.area_um2)
 
     def overview(self) -> tuple[bytes, bytes]:
         """(JPEG of the whole slide, GeoJSON of its tissue in level-0 px), both empty without an image."""

@@ -37,10 +37,13 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[store.SlideStor
         yield store.SlideStore(path)
 
 
-@settings(max_examples=60)
-@given(rows=st.lists(st.integers(0, 39), max_size=60))
-def test_any_rows_in_any_order(opened: store.SlideStore, rows: list[int]) -> None:
-    found, whole = opened.counts(np.array(rows, np.int64)), opened.profiles()
+@settings(max_examples=100)
+@given(rows=st.lists(st.integers(0, 39), max_size=60), long=st.sampled_from([0, 10_000]))
+def test_any_rows_in_any_order(opened: store.SlideStore, rows: list[int], long: int) -> None:
+    whole = opened.profiles()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counts, "_LONG", long)  # copied as runs, or entry by entry
+        found = opened.counts(np.array(rows, np.int64))
     expected = whole.take(np.array(rows, np.int64))
     np.testing.assert_array_equal(found.indptr, expected.indptr)
     np.testing.assert_array_equal(found.gene, expected.gene)

@@ -69,6 +69,18 @@ def test_tiles_read_are_those_of_a_plain_loop(xy: list[tuple[float, float]], siz
     assert [tuple(p) for p in regions.tiles_read(xy_um, footprint, TILE_UM).tolist()] == sorted(places)
 
 
+@given(points, st.integers(1, 4))
+def test_tiles_of_many_owners_are_those_of_each(xy: list[tuple[float, float]], owners: int) -> None:
+    xy_um, footprint = np.array(xy), np.full(len(xy), 55, np.float32)
+    owner = np.arange(len(xy)) % owners
+    expected = [
+        [n, *place]
+        for n in range(owners)
+        for place in regions.tiles_read(xy_um[owner == n], footprint[owner == n], TILE_UM).tolist()
+    ]
+    assert regions.tiles_by(owner, xy_um, footprint, TILE_UM).tolist() == expected
+
+
 def test_no_profile_reads_no_tile() -> None:
     assert regions.tiles_read(np.zeros((0, 2)), np.zeros(0, np.float32), TILE_UM).shape == (0, 2)
     assert regions.cut(np.zeros((0, 2)), TILE_UM, 5, 9) == []

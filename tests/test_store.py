@@ -42,7 +42,7 @@ def test_round_trip(written: Path) -> None:
     opened = store.SlideStore(written)
     assert opened.info == INFO
     assert [opened.jpeg(i) for i in (4, 0, 1, 2, 3)] == [tiles()[i].jpeg for i in (4, 0, 1, 2, 3)]
-    assert opened.tile_bytes(3) == 100_003
+    assert opened.tile_bytes[3] == 100_003
     assert opened.tile_index[1, 1] == 4
     np.testing.assert_allclose(opened.tissue, [0, 0.1, 0.2, 0.3, 0.4])
     assert opened.genes() == GENES

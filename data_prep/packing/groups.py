@@ -44,30 +44,44 @@ def plan(opened: store.SlideStore, places: schema.Profiles, config: PrepConfig) 
     """The groups of a slide, each profile in exactly one.
 
     Args:
-        places: `opened.places()`.
+        places: `opened.places()`, which may be bare.
     """
     info, indptr = opened.info, opened.indptr
     extent = regions.extent_for(info.platform, config.spots_side, info.tile_um)
-    found, bytes_each = [], []
-    for region in regions.cut(places.xy_um, info.tile_um, extent, _cap(indptr, config)):
-        rows = region.profiles
-        read = regions.tiles_read(places.xy_um[rows], places.footprint_um[rows], info.tile_um)
-        tiles = regions.region_tiles(region, read, opened.tile_index)
-        counts = int((indptr[rows + 1] - indptr[rows]).sum())
-        vertices = int((places.polygon_indptr[rows + 1] - places.polygon_indptr[rows]).sum())
-        found.append((region, tiles))
-        bytes_each.append(
-            sum(opened.tile_bytes(opened.tile_index[place]) + _BYTES_PER_MEMBER for place in tiles)
-            + _BYTES_PER_COUNT * (counts + vertices) + _BYTES_PER_PROFILE * len(rows)
-        )  # fmt: skip
+    found = regions.cut(places.xy_um, info.tile_um, extent, _cap(indptr, config))
+    owner = np.zeros(len(places), np.int64)
+    for i, region in enumerate(found):
+        owner[region.profiles] = i
+    of, tile, at = _tiles(opened, found, regions.tiles_by(owner, places.xy_um, places.footprint_um, info.tile_um))
+    own = _BYTES_PER_COUNT * (np.diff(indptr) + np.diff(places.polygon_indptr)) + _BYTES_PER_PROFILE
+    bytes_each = (
+        (np.bincount(of, opened.tile_bytes[tile] + _BYTES_PER_MEMBER, len(found)) + np.bincount(owner, own, len(found)))
+        .astype(int)
+        .tolist()
+    )
+    tiles = [list(map(tuple, part.tolist())) for part in np.split(at, np.searchsorted(of, np.arange(1, len(found))))]
     rng = np.random.default_rng([config.seed, regions.slide_key(info.slide_id)])
-    sizes = [len(region.profiles) for region, _ in found]
+    sizes = [len(region.profiles) for region in found]
     numbers = regions.group(sizes, bytes_each, rng, config.min_profiles, int(config.max_group_mb * 1e6))
     numbers.sort(key=min)  # regions are in the order of their places: groups with near numbers are near each other
     return [
-        Planned(n, tuple(found[i] for i in members), sum(bytes_each[i] for i in members))
+        Planned(n, tuple((found[i], tiles[i]) for i in members), sum(bytes_each[i] for i in members))
         for n, members in enumerate(numbers)
     ]
+
+
+def _tiles(opened: store.SlideStore, found: list[regions.Region], read: Rows) -> tuple[Rows, Rows, Rows]:
+    """(region, number of the tile, [M, 2] its row and col) of what each region's profiles read, in it and present."""
+    corner = np.array([(region.row, region.col) for region in found], np.int64)
+    extent = np.array([region.extent for region in found])
+    inside = read[:, 1:] - corner[read[:, 0]]
+    read = read[((inside >= 0) & (inside < extent[read[:, 0], None])).all(axis=1)]
+    grid = np.full(opened.place.max(axis=0, initial=0) + 1, -1, np.int64)
+    grid[tuple(opened.place.T)] = np.arange(len(opened))
+    on_it = ((read[:, 1:] >= 0) & (read[:, 1:] < grid.shape)).all(axis=1)
+    read = read[on_it]
+    tile = grid[read[:, 1], read[:, 2]]
+    return read[tile >= 0, 0], tile[tile >= 0], read[tile >= 0, 1:]
 
 
 @dataclass(frozen=True)

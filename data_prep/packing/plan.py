@@ -184,13 +184,14 @@ class _Scan:
                 f"{source.path}: tiles of {info.tile_px} px at {info.tile_mpp} um, the config says {config.tile_px} px "
                 f"at {config.tile_mpp} um; give pack the config of build, or build again"
             )
-        table, places = opened.genes(), opened.places()
-        tables.setdefault(table.hash, table)
+        name, places = opened.genes_hash(), opened.places(bare=True)
+        if name not in tables:
+            tables[name] = opened.genes()
         sizes = tuple(planned.bytes for planned in groups.plan(opened, places, config))
         squares = float((places.footprint_kind == schema.SQUARE).mean())
         kind = schema.SQUARE if squares > 0.5 else schema.DISC
         median = float(np.median(places.footprint_um))
-        return Scanned(source, info, table.hash, sizes, int(opened.indptr[-1]), opened.log_density(), median, kind)
+        return Scanned(source, info, name, sizes, int(opened.indptr[-1]), opened.log_density(places), median, kind)
 
 
 def scan(

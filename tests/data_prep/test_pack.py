@@ -10,7 +10,7 @@ import pytest
 
 from data_prep import pack, records
 from data_prep.packing import groups, plan, write
-from storm import files, genes, schema, shards, store
+from storm import files, genes, regions, schema, shards, store
 from storm.config import PrepConfig, load
 from tests.conftest import PREP_TINY
 from tests.data_prep.vendors import write_manifest
@@ -179,7 +179,7 @@ def test_a_pack_that_ends_early_leaves_the_old_set_and_is_gone_on_with(
     before = content(out)
     written: list[object] = []
 
-    def stop(kind: type, name: str) -> None:
+    def stop(kind: object, name: str) -> None:
         own = getattr(kind, name)
 
         def counted(*args: object) -> object:
@@ -196,8 +196,13 @@ def test_a_pack_that_ends_early_leaves_the_old_set_and_is_gone_on_with(
         pack.pack(tiny_store, out, CONFIG)
     assert content(out) == before
     monkeypatch.undo()
-    close, closed = shards.ShardWriter.close, []
-    monkeypatch.setattr(shards.ShardWriter, "close", lambda *args: closed.append(args) or close(*args))
+    close, closed = shards.ShardWriter.close, list[Path]()
+
+    def counted(writer: shards.ShardWriter, folder: Path) -> int:
+        closed.append(folder)
+        return close(writer, folder)
+
+    monkeypatch.setattr(shards.ShardWriter, "close", counted)
     pack.pack(tiny_store, out, CONFIG)
     assert len(closed) == 3 - last  # what was written is not written again
     assert content(out) == content(tiny_shards)
@@ -299,6 +304,19 @@ def test_counts_bound_the_size_of_a_sample(tmp_path: Path) -> None:
         parts = [len(r.profiles) for planned in groups.plan(opened, places, config) for r, _ in planned.regions]
         assert sum(parts) == 300
         assert largest / 2 < max(parts) <= largest
+
+
+def test_a_plan_has_the_tiles_that_each_region_reads(tiny_store: Path) -> None:
+    for path in store.paths(tiny_store):
+        opened = store.SlideStore(path)
+        places = opened.places()
+        found = groups.plan(opened, opened.places(bare=True), CONFIG)
+        assert [planned.number for planned in found] == list(range(len(found)))
+        for planned in found:
+            for region, tiles in planned.regions:
+                rows = region.profiles
+                read = regions.tiles_read(places.xy_um[rows], places.footprint_um[rows], opened.info.tile_um)
+                assert tiles == regions.region_tiles(region, read, opened.tile_index)
 
 
 @pytest.mark.parametrize("scattered", [False, True])

@@ -28,7 +28,7 @@ def test_groups_without_a_tile_are_trained_on(tmp_path: Path, mode: str) -> None
     assert share is not None
     spec = BatchSpec(model.tile_px, len(opened.genes), opened.panels, model.organs, share)
     own = {name: float(name == mode) for name in MASK_MODES}
-    found = GroupStream(opened, "train", spec, MaskConfig(**own), 3, 0, 2, 2)[0]
+    found = GroupStream(opened, "train", spec, MaskConfig.model_validate(own), 3, 0, 2, 2)[0]
     assert not found["tile_present"].any()
     assert found["tile_weight"].tolist() == [0.0]
     network = Storm(model, len(opened.genes))
