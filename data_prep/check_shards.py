@@ -111,9 +111,9 @@ def check_profiles(manifest: dict[str, Any], checked: Iterable[Checked]) -> Iter
     for slide in sorted(found.keys() - manifest["slides"].keys()):
         yield f"slide {slide}: is in the shards and not in the manifest; pack again"
     for slide, entry in sorted(manifest["slides"].items()):
-        names = b"\n".join(found[slide]).split(b"\n") if slide in found else []
-        different = len(set(names))
-        if different != len(names):
-            yield f"slide {slide}: {len(names) - different} profiles come more than once; pack again"
+        ids = b"\n".join(found[slide]).split(b"\n") if slide in found else []
+        different = len(set(ids))
+        if different != len(ids):
+            yield f"slide {slide}: {len(ids) - different} profiles come more than once; pack again"
         if different != entry["profiles"]:
             yield f"slide {slide}: {different} of {entry['profiles']} profiles are there; pack again"

@@ -3,6 +3,7 @@
 In: the shard manifest. Out: Markdown. Counts per organ, platform, species and study; never a slide, a donor or a path.
 """
 
+import re
 from typing import Any
 
 from storm.markdown import clean, table
@@ -52,11 +53,11 @@ is in `manifest.json` with its sha256: `python -m data_prep.verify FOLDER`.
 # What the words of a licence say of its limits, the strictest first; no legal advice, a way to see it at once.
 _RANKS = (
     ("not stated", ()),
-    ("non-commercial or no derivatives", ("-nc", "noncommercial", "non-commercial", "-nd", "research only", "academic",
+    ("non-commercial or no derivatives", ("nc", "noncommercial", "non commercial", "nd", "research only", "academic",
                                           "no redistribution", "restricted", "gated", "controlled", "consent")),
-    ("share alike", ("-sa", "gpl", "odbl", "share alike", "sharealike")),
+    ("share alike", ("sa", "gpl", "agpl", "lgpl", "odbl", "share alike", "sharealike")),
     ("other terms", ()),
-    ("attribution", ("cc-by", "cc by", "mit", "bsd", "apache", "odc-by", "artistic")),
+    ("attribution", ("cc by", "mit", "bsd", "apache", "odc by", "artistic")),
     ("public domain", ("cc0", "public domain", "pddl", "unlicense")),
 )  # fmt: skip
 _OTHER = 3
@@ -64,10 +65,13 @@ _OTHER = 3
 
 def strictness(license_text: str, use_terms: str) -> int:
     """Place in the order of restriction of a study's licence and terms, by their words; 0 is the most restrictive."""
-    text = f"{license_text} {use_terms}".lower().strip()
-    if not text:
-        return 0
-    return next((i for i, (_, words) in enumerate(_RANKS) if any(word in text for word in words)), _OTHER)
+    parts = [re.sub(r"[^a-z0-9]+", " ", part.lower()) for part in f"{license_text};{use_terms}".split(";")]
+    return min((_rank(part) for part in parts if part.strip()), default=0)
+
+
+def _rank(part: str) -> int:
+    found = (i for i, (_, words) in enumerate(_RANKS) if any(re.search(rf"\b{word}\b", part) for word in words))
+    return next(found, _OTHER)
 
 
 def _counted(manifest: dict[str, Any], what: str) -> str:

@@ -77,7 +77,8 @@ def test_a_tile_the_whole_slide_and_its_tissue(tiny_store: Path, tmp_path: Path)
     assert inspect.main([str(path), "--tile", f"{row},{col}", "--out", str(out)]) == 0
     assert out.read_bytes() == opened.jpeg(3)
     assert inspect.main([str(path), "--overview", "--out", str(out), "--tissue", str(tissue)]) == 0
-    assert cv2.imread(str(out)).ndim == 3
+    picture = cv2.imread(str(out))
+    assert picture is not None and picture.ndim == 3
     assert json.loads(tissue.read_text())["type"] == "FeatureCollection"
 
 

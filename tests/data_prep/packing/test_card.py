@@ -60,6 +60,11 @@ def test_markdown_in_names_is_text(tmp_path: Path) -> None:
         ("10x EULA", "", 3),
         ("CC-BY-4.0", "", 4),
         ("MIT", "", 4),
+        ("limited to members", "", 3),
+        ("CC-BY-4.0; own terms", "", 3),
+        ("CC-BY-4.0", "ask the authors", 3),
+        ("", "Non-commercial use", 1),
+        ("unrestricted", "", 3),
         ("CC0-1.0", "", 5),
     ],
 )
