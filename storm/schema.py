@@ -125,7 +125,7 @@ class CountBlock(NamedTuple):
 
     indptr: npt.NDArray[np.int64]  # [n + 1], from 0
     gene: npt.NDArray[np.int32]  # [nnz], ascending within a profile
-    count: npt.NDArray[np.int32]  # [nnz], > 0
+    count: npt.NDArray[np.int32]  # type: ignore[assignment]  # [nnz], > 0; hides tuple.count, which nobody calls
 
 
 @dataclass
