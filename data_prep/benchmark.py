@@ -1,4 +1,7 @@
-"""python -m data_prep.benchmark images [--slide FILE ...]: how fast and how small the reading of slides is.
+"""How fast and how small preparation is.
+
+    python -m data_prep.benchmark images [--slide FILE ...]     the reading of slides
+    python -m data_prep.benchmark packing --store STORE         packing and verifying (benchmark_packing.py)
 
 In: synthetic slides that it writes itself, and slides of the user's. Out: Markdown tables. All that is compared is
 measured in one run, in turns, several times; medians are told, and rates are per second of processor time, so that
@@ -28,7 +31,7 @@ import numpy as np
 import simplejpeg
 import tifffile
 
-from data_prep import one_slide, slides, tissue
+from data_prep import benchmark_packing, one_slide, slides, tissue
 from data_prep.slides import segments
 from data_prep.slides.reference import ReferenceSlide
 from data_prep.slides.tiff import TiffSlide
@@ -308,8 +311,14 @@ def main(argv: list[str] | None = None) -> int:
     part.add_argument("--slide", type=Path, nargs="+", default=[], help="slides to read beside the synthetic ones")
     part.add_argument("--repeats", type=int, default=5)
     part.add_argument("--sizes", type=int, nargs="*", default=[4, 20, 60], help="sides of slides for memory, 1000 px")
+    part = parts.add_parser("packing", help="MB per second of packing and verifying, beside webdataset and a copy")
+    part.add_argument("--store", type=Path, required=True, help="folder of slide stores")
+    part.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
     try:
+        if args.part == "packing":
+            print(benchmark_packing.table(args.store, args.repeats))
+            return 0
         images(args.slide, args.repeats, args.sizes)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import benchmark, slides
+from data_prep import benchmark, benchmark_packing, slides
 from data_prep.slides import segments
 from data_prep.slides.reference import ReferenceSlide
 
@@ -55,3 +55,9 @@ def test_the_tables(
 def test_a_slide_without_a_pixel_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["images", "--slide", str(tmp_path / "absent.svs")]) == 1
     assert "absent.svs: no such image" in capsys.readouterr().err
+
+
+def test_packing_is_measured_beside_a_copy_and_webdataset(tiny_store: Path) -> None:
+    lines = benchmark_packing.table(tiny_store, repeats=1).splitlines()
+    assert "| pack | copied | verify stores | verify shards | webdataset |" in lines[0]
+    assert all(float(cell) > 0 for cell in lines[2].split("|")[2:-1])
