@@ -56,8 +56,13 @@ def _opened(path: Path, as_whole: Callable[[], Opened]) -> Slide | Opened:
         if slide:
             return slide
     if vendor is None:
-        return as_whole()
+        whole_slide = as_whole()
+        if tiff.is_tiff(path):
+            tiff.check_is_largest(path, (whole_slide.width_px0, whole_slide.height_px0))
+        return whole_slide
     found = reference.ReferenceSlide(path)
+    if vendor == "generic-tiff":
+        tiff.check_is_largest(path, (found.width_px0, found.height_px0))
     try:
         return tiff.like_reference(found) if vendor in _SEGMENTED else found
     except UnusualError:

@@ -27,6 +27,7 @@ from data_prep.slides.segments import Cache, InOnePieceError, Layout, UnusualErr
 
 _CACHE_BYTES, _BAND_BYTES, _BAND_ROWS = 128 << 20, 700 << 20, 4096
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_REDUCED_OR_MASK = 1 | 4  # bits of NewSubfileType
 _NO_SLIDE = ("label", "macro", "thumbnail", "overview")
 _UNITS_UM = {"": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "inch": 25400.0}
 # What tifffile raises for a file that is damaged, or written to harm.
@@ -150,7 +151,8 @@ class TiffSlide(Pyramid):
 def _parsed(path: Path, find: Callable[[tifffile.TiffFile], Any]) -> Any:
     """What `find` finds in a TIFF. Raises UnusualError: it cannot be parsed, or what `find` says."""
     try:
-        with tifffile.TiffFile(path) as file:
+        # An OME-TIFF may name other files, anywhere: none is opened.
+        with tifffile.TiffFile(path, _multifile=False) as file:
             return find(file)
     except _PARSE_FAULTS as error:
         raise UnusualError(f"tifffile: {error}") from error
@@ -272,6 +274,26 @@ def of_series(path: Path) -> TiffSlide:
     facts = {"reader": "ome-tiff" if is_ome else "tiff", "levels": float(len(layouts))}
     slide = TiffSlide(path, layouts, mpp, facts)
     return _checked(slide, layouts)
+
+
+def check_is_largest(path: Path, size_px: tuple[int, int]) -> None:
+    """Raises ValueError where the page that a reader shows is not the largest of its file, or one of several."""
+    try:
+        sizes = _parsed(path, lambda file: [
+            (page.imagewidth, page.imagelength) for page in file.pages
+            if isinstance(page, tifffile.TiffPage) and not int(page.subfiletype) & _REDUCED_OR_MASK
+        ])  # fmt: skip
+    except UnusualError:
+        return  # what reads it tells what is wrong
+    largest = max(sizes, key=lambda size: size[0] * size[1], default=size_px)
+    if largest[0] * largest[1] > size_px[0] * size_px[1]:
+        raise ValueError(
+            f"{path}: would be read as its picture of {size_px[0]} x {size_px[1]} px, but it holds one of {largest[0]} "
+            f"x {largest[1]}; write the slide alone into a file of its own"
+        )
+    if sizes.count(size_px) > 1:
+        raise ValueError(f"{path}: holds {sizes.count(size_px)} pictures of {size_px[0]} x {size_px[1]} px (a stack, "
+                         "or several slides); write the slide alone into a file of its own")  # fmt: skip
 
 
 def is_ome(path: Path) -> bool:

@@ -9,12 +9,14 @@ Sizes are checked from the header, before anything is decoded.
 import contextlib
 import os
 import shutil
+import struct
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data_prep.slides.base import Header, Pixels
@@ -24,7 +26,8 @@ from data_prep.slides.tiff import TiffSlide, of_series
 from storm import files
 
 _FORMATS = ("JPEG", "PNG", "TIFF")  # others of Pillow's readers start programs (EPS)
-_MODES = ("RGB", "RGBA", "L", "P", "CMYK", "YCbCr")
+_MODES = ("RGB", "RGBA", "L", "P", "YCbCr")  # what colours CMYK means only its printer knows
+_ORIENTATION = 0x0112  # EXIF, TIFF
 _TILE_PX = 512
 _NAME = "slide.tif"  # of the scratch file: nothing of the user's own names
 
@@ -52,8 +55,7 @@ class WholeSlide(Pyramid):
         self.embedded_mpp = _mpp(image)
         self.facts: dict[str, Any] = {"reader": "plain", "levels": 1.0}
         try:
-            rgba = image.convert("RGBA") if "transparency" in image.info else image
-            self._pixels: Pixels = np.asarray(on_white(rgba))
+            self._pixels: Pixels = _strict_jpeg(path) if image.format == "JPEG" else _flat(image)
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for damaged data
             raise ValueError(f"{path}: opens, but does not decode ({error}); restore the file") from error
 
@@ -97,6 +99,25 @@ def _remove(scratch: Path, owner: int) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def _flat(image: Image.Image) -> Pixels:
+    return np.asarray(on_white(image.convert("RGBA") if "transparency" in image.info else image))
+
+
+def _strict_jpeg(path: Path) -> Pixels:
+    """Pillow paints what is damaged inside a JPEG grey, and says nothing. Raises ValueError where it is damaged."""
+    return simplejpeg.decode_jpeg(path.read_bytes(), "RGB", fastdct=False, fastupsample=False)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether it asks viewers to turn or mirror it; tags that cannot be read ask nothing."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return False  # Pillow would decode all of it to look for a tag behind its pixels
+    try:
+        return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except (SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return False
+
+
 def _mpp(image: Image.Image) -> float | None:
     return one_mpp(*(25400.0 / float(d) if d else None for d in image.info.get("dpi", (0, 0))))
 
@@ -132,6 +153,9 @@ def _fits(path: Path, image: Image.Image, max_image_mpx: int, scratch: Path | No
     width, height = image.size
     if image.mode not in _MODES:
         raise ValueError(f"{path}: pixels of mode {image.mode}; convert the image to 8-bit RGB")
+    if _is_turned(image):
+        raise ValueError(f"{path}: its orientation tag turns it, which programs heed or not, so places on it are "
+                         "ambiguous; turn its pixels and remove the tag (vips autorot), or remove the tag")  # fmt: skip
     if width * height <= max_image_mpx * 1e6:
         return True
     convert = f"convert it: vips tiffsave {path.name} tiled.tif --tile --pyramid --bigtiff --compression deflate"
@@ -165,7 +189,9 @@ def _converted(path: Path, kind: str, size: tuple[int, int], folder: Path) -> Pa
     try:
         # Unlimited: libvips would refuse a strip of more than 50 MB; the size of the image was checked above.
         load = getattr(pyvips.Image, f"{kind.lower()}load")
-        image = load(str(path), access="sequential", fail_on="error", unlimited=True)
+        # What is damaged inside a JPEG is a warning to libjpeg, which paints it grey.
+        fail_on = "warning" if kind == "JPEG" else "error"
+        image = load(str(path), access="sequential", fail_on=fail_on, unlimited=True)
         if image.interpretation != "srgb":
             image = image.colourspace("srgb")
         if image.hasalpha():

@@ -1,5 +1,6 @@
 """OME-TIFF with pyramids in SubIFDs, in every order of axes; BigTIFF by content; TIFF in strips; their mpp."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,22 @@ def test_the_label_of_an_ome_tiff_is_not_the_slide(tmp_path: Path) -> None:
     slide = slides.open_slide(path, 400)
     assert (slide.width_px0, slide.height_px0, slide.embedded_mpp) == (192, 128, 0.25)
     np.testing.assert_array_equal(slide.read(0, 0, 128, 128, 128), pixels[:, :128])
+
+
+def test_an_ome_tiff_that_names_another_file_shows_its_own_pixels(tmp_path: Path) -> None:
+    """The other's segments lie at places of the other file."""
+    own, other = picture(128, 128, 3), tmp_path / "other.ome.tif"
+    tifffile.imwrite(other, picture(128, 128, 2), photometric="rgb", tile=(64, 64), metadata={"axes": "YXS"})
+    with tifffile.TiffFile(other) as file:
+        xml = file.ome_metadata or ""
+    (uuid,) = re.findall(r' UUID="([^"]+)"', xml)
+    named = f'<TiffData IFD="0" PlaneCount="1"><UUID FileName="other.ome.tif">{uuid}</UUID></TiffData>'
+    xml = re.sub("<TiffData[^>]*/>", named, xml).replace(uuid, "urn:uuid:1", 1)
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, own, photometric="rgb", tile=(64, 64), description=xml.encode(), metadata=None)
+    assert "other.ome.tif" in path.read_bytes().decode("latin1")
+    slide = slides.open_slide(path, 400)
+    np.testing.assert_array_equal(slide.read(0, 0, 128, 128, 128), own)
 
 
 def test_other_channels_than_colours_are_refused(tmp_path: Path) -> None:

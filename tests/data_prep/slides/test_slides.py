@@ -6,6 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from data_prep import slides
@@ -33,6 +34,31 @@ def test_pyramid_and_plain_image_read_alike(tmp_path: Path, pixels: np.ndarray) 
         small = cv2.resize(pixels[:128, :128], (64, 64), interpolation=cv2.INTER_AREA)
         assert np.abs(slide.read(0, 0, 128, 128, 64).astype(int) - small).max() <= 1
         assert slide.read(0, 0, 20, 20, 40).shape == (40, 40, 3)
+
+
+@pytest.mark.parametrize("options", [{"rowsperstrip": 1000}, {"tile": (64, 64)}], ids=["one strip", "tiled"])
+def test_a_tiff_that_begins_with_its_label_is_refused(tmp_path: Path, pixels: np.ndarray, options: Any) -> None:
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as writer:
+        for page in (pixels[:50, :90], pixels):
+            writer.write(page, photometric="rgb", metadata=None, **options)
+    told = r"a\.tif: would be read as its picture of 90 x 50 px, but it holds one of 400 x 300; write the slide alone"
+    for read in (slides.open_slide, slides.header):
+        with pytest.raises(ValueError, match=told):
+            read(path, 400)
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": (64, 64)}], ids=["one strip", "tiled"])
+def test_a_stack_is_refused(tmp_path: Path, pixels: np.ndarray, options: Any) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.stack([pixels, 255 - pixels]), photometric="rgb", **options)
+    with pytest.raises(ValueError, match=r"a\.tif: holds 2 pictures of 400 x 300 px .*; write the slide alone"):
+        slides.open_slide(path, 400)
+    # A reduced picture or a mask of the same size is none of several slides.
+    with tifffile.TiffWriter(path) as writer:
+        writer.write(pixels, photometric="rgb", metadata=None, **options)
+        writer.write(pixels, photometric="rgb", metadata=None, subfiletype=1, **options)
+    assert slides.open_slide(path, 400).width_px0 == 400
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.png"])

@@ -135,3 +135,35 @@ def test_images_of_which_no_band_decodes_alone(tmp_path: Path) -> None:
     pyvips.Image.new_from_array(picture(64, 64)).pngsave(str(tmp_path / "a.png"), interlace=True)
     with pytest.raises(ValueError, match=r"a\.png: .* progressive or interlaced"):
         slides.open_slide(tmp_path / "a.png", 0, tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_an_orientation_tag_is_refused(tmp_path: Path, name: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    assert slides.open_slide(write(tmp_path / name, picture(60, 80), exif=exif), 400).width_px0 == 80
+    exif[0x0112] = 6
+    write(tmp_path / name, picture(60, 80), exif=exif)
+    for limit, scratch in ((400, None), (0, tmp_path / "scratch")):
+        with pytest.raises(ValueError, match=r"a\.\w+: its orientation tag turns it.*; turn its pixels and remove"):
+            slides.header(tmp_path / name, limit, scratch)
+        with pytest.raises(ValueError, match="orientation tag"):
+            slides.open_slide(tmp_path / name, limit, scratch)
+
+
+def test_damage_inside_a_jpeg_is_not_painted_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jpg", picture(600, 600), quality=90)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    for damaged in (data[:middle] + b"\xff\xd9", data[:middle] + bytes(200) + data[middle + 200 :]):
+        path.write_bytes(damaged)
+        for limit, scratch in ((400, None), (0, tmp_path / "scratch")):
+            with pytest.raises(ValueError, match=r"a\.jpg: opens, but does not decode .*; restore the file"):
+                slides.open_slide(path, limit, scratch)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_colours_of_print_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(picture(60, 80)).convert("CMYK").save(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=r"a\.jpg: pixels of mode CMYK; convert the image to 8-bit RGB"):
+        slides.open_slide(tmp_path / "a.jpg", 400)
