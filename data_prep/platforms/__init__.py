@@ -18,7 +18,7 @@ from storm.schema import CountBlock, spans
 VENDORS = ("st", "visium", "visium_hd", "xenium", "cosmx")  # platforms whose own files are read
 FORMATS = (*VENDORS, "hest", "h5ad", "spatialdata")  # a reader each, under this name
 GENE, CONTROL, OTHER = 0, 1, 2  # kinds of columns: genes; probes that measure nothing; antibodies and the like
-_BLOCK_ENTRIES = 1 << 22
+_BLOCK_ENTRIES = 1 << 21
 
 Rows = npt.NDArray[np.int64]
 # The counts of the profiles at ascending `rows`, as consecutive blocks whose `gene` is the column's number.
@@ -106,7 +106,7 @@ def counts_in_memory(indptr: npt.NDArray, column: npt.NDArray, count: npt.NDArra
 
 
 def row_blocks(indptr: npt.NDArray, rows: Rows) -> Iterator[Rows]:
-    """`rows` in consecutive parts of about 4 million counts, so that memory does not grow with the measurement."""
+    """`rows` in consecutive parts of about 2 million counts, so that memory does not grow with the measurement."""
     running = np.cumsum(np.diff(indptr)[rows])
     start = 0
     while start < len(rows):
