@@ -6,6 +6,7 @@ where one name or one folder ties them and nothing else does; whatever is open s
 
 import csv
 import io
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ def draft(folder: Path, base: Path) -> Draft:
     content.images = [path for path in content.images if path not in small]
     result.notes += [f"{_name(path, folder)}: too small for a slide, left out" for path in small]
     result.notes += [f"{_name(path, folder)}: is named like a slide and is none, left out" for path in content.strange]
+    result.notes += [f"{_name(path, folder)}: is no file that can be read, left out" for path in content.unread]
+    result.notes += [f"{_name(path, folder)}: is a link to a folder, which is not followed" for path in content.linked]
     _pair(content, folder, result)
     for found in content.measurements:
         result.rows.append(_row(found, base))
@@ -79,7 +82,9 @@ def draft(folder: Path, base: Path) -> Draft:
 
 
 def _name(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
+    """A path for people, also where its bytes are no text or would steer a terminal."""
+    text = os.fsencode(path.relative_to(folder)).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _is_small(path: Path) -> bool:
@@ -159,7 +164,9 @@ def _row(found: Found, base: Path) -> dict[str, str]:
 
 
 def _from(path: Path, base: Path) -> str:
-    return path.resolve().relative_to(base.resolve()).as_posix()
+    """The path from `base`; of a link that leads out of it the whole path, which a manifest takes as it is."""
+    real, home = path.resolve(), base.resolve()
+    return (real.relative_to(home) if real.is_relative_to(home) else real).as_posix()
 
 
 def _name_slides(rows: list[dict[str, str]]) -> None:

@@ -69,6 +69,10 @@ class Content:
     images: list[Path] = field(default_factory=list)
     spots: list[Path] = field(default_factory=list)  # tables of spots of legacy ST, the likeliest first
     strange: list[Path] = field(default_factory=list)  # named like a slide, and none by their first bytes
+    linked: list[Path] = field(default_factory=list)  # links to folders, which are not followed
+    unread: list[Path] = field(
+        default_factory=list
+    )  # no files (broken links, pipes), not readable, or named in no UTF-8
 
 
 def species_of(names: Sequence[str]) -> str:
@@ -102,7 +106,7 @@ def _h5_names(path: Path) -> list[str]:
             for place in [*places, f"var/{index}"]:
                 if isinstance(root.get(place), h5py.Dataset):
                     return [v.decode() if isinstance(v, bytes) else str(v) for v in root[place][:_NAMES]]
-    except (OSError, KeyError, UnicodeDecodeError):
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError):  # of h5py, for what is of another form
         pass
     return []
 
@@ -220,7 +224,10 @@ def _h5ad(path: Path) -> Found:
 
 
 def _cells(line: str, path: Path) -> list[str]:
-    return next(csv.reader([line], delimiter="," if ".csv" in path.suffixes else "\t"), [])
+    try:
+        return next(csv.reader([line], delimiter="," if ".csv" in path.suffixes else "\t"), [])
+    except csv.Error:  # a cell of more than 128 KiB
+        return []
 
 
 def _is_number(text: str) -> bool:
@@ -234,7 +241,7 @@ def _is_number(text: str) -> bool:
 def _st_table(path: Path) -> tuple[str, list[str]]:
     """('counts', genes) of a table XxY by genes, ('transposed', []), ('spots', columns), or ('', [])."""
     lines = [_cells(line, path) for line in _lines(path, 2)]
-    if len(lines) < 2 or len(lines[1]) < 2:
+    if len(lines) < 2 or min(map(len, lines)) < 2:
         return "", []
     header, row = lines
     if set(header) >= _SPOT_COLUMNS:
@@ -288,6 +295,20 @@ def _file(path: Path, content: Content) -> None:
             content.measurements.append(Found(name, "st", path, home, cells=_species(columns)))
 
 
+def _readable(folder: Path, names: list[str], content: Content) -> list[str]:
+    """Those of a folder's names that are not hidden and can be read: a pipe would be waited for, and one broken link
+    must not stop the rest."""
+    kept = []
+    for name in sorted(name for name in names if not name.startswith(".")):
+        path = folder / name
+        usable = name.isprintable() and (path.is_file() or path.is_dir()) and os.access(path, os.R_OK)
+        if usable:
+            kept.append(name)
+        else:
+            content.unread.append(path)
+    return kept
+
+
 def look(root: Path) -> Content:
     """All measurements and images below a folder, in the order of their paths; links to folders are not followed.
 
@@ -299,7 +320,8 @@ def look(root: Path) -> Content:
     content = Content()
     for place, folders, names in os.walk(root):
         folder = Path(place)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        folders[:], names = _readable(folder, folders, content), _readable(folder, names, content)
+        content.linked += [folder / f for f in folders if (folder / f).is_symlink()]
         found = _claimed(folder, {*folders, *names})
         content.measurements += found
         if found:
@@ -308,7 +330,7 @@ def look(root: Path) -> Content:
             folders.clear()
             continue
         own = {found[0].image} if found else set()
-        for name in sorted(n for n in names if not n.startswith(".")):
+        for name in names:
             path = folder / name
             if path not in own and (not found or is_named_as_slide(path)):
                 _file(path, content)

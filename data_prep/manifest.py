@@ -18,6 +18,7 @@ taken as it is.
 
 import argparse
 import csv
+import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -154,8 +155,16 @@ class _Reader:
             self.fault("measurement", f"is blank; give the file or folder that {platform} wrote, or platform image")
         return value
 
+    def check_seen(self) -> None:
+        """Two donors that look alike would be two donors: a space that does not break, a mark of width zero."""
+        for column in ("donor", "study", "organ", "section"):
+            hidden = next((c for c in self.text(column) if not c.isprintable()), None)
+            if hidden:
+                self.fault(column, f"{self.text(column)!r} holds U+{ord(hidden):04X}, which nobody sees; type it again")
+
     def row(self) -> ManifestRow:
         """The row as far as it could be read; it counts only where `faults` stayed empty."""
+        self.check_seen()
         platform = self.platform()
         slide_id = self.slide_id()
         if not self.text("image") and platform == IMAGE_ONLY:
@@ -190,8 +199,11 @@ def _cells(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason}); save the manifest as csv in UTF-8") from None
-    reader = csv.reader(text.splitlines())
-    lines = [(reader.line_num, row) for row in reader]
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        lines = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num + 1}: {error}; is a quote missing?") from None
     if not lines:
         raise ValueError(f"{path}: is empty; the first line names the columns {', '.join(REQUIRED)}")
     return lines[0][1], iter([(n, row) for n, row in lines[1:] if any(cell.strip() for cell in row)])
@@ -247,10 +259,14 @@ def read(path: Path, root: Path | None = None, split_by: str = "donor") -> list[
     """
     header, lines = _cells(path)
     header = [name.strip() for name in header]
+    while header and not header[-1]:  # spreadsheets write the empty columns behind the last one
+        header.pop()
     faults = _header_faults(header)
     rows = []
     if not faults:
         for line, cells in lines:
+            if not any(cell.strip() for cell in cells[len(header) :]):
+                cells = cells[: len(header)]
             if len(cells) != len(header):
                 faults.append(f"line {line}: {len(cells)} cells, the header has {len(header)}; quote cells with commas")
                 continue

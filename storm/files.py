@@ -218,7 +218,7 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises ValueError naming the file where it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not only of syntax: a number of 5,000 digits, 10,000 brackets
         raise ValueError(f"{path}: not readable as JSON ({error}); restore or rebuild the file") from error
 
 

@@ -149,6 +149,13 @@ def test_json_is_canonical_and_refuses_nan(tmp_path: Path) -> None:
         files.read_json(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000], ids=["brackets", "digits"])
+def test_json_that_harms_its_reader_names_the_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.json: not readable as JSON .*; restore"):
+        files.read_json(tmp_path / "x.json")
+
+
 @pytest.mark.parametrize("path", ["../secret", "a/../../secret", "/etc/passwd", "link/secret"])
 def test_no_path_leaves_its_root(tmp_path: Path, path: str) -> None:
     (tmp_path / "root").mkdir()

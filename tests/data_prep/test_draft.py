@@ -1,9 +1,11 @@
 """Drafts of manifests: pairs that one name or folder ties, blanks for the rest, and nothing that is overwritten."""
 
 import csv
+import os
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 
@@ -168,3 +170,32 @@ def test_real_folders(real_data: Path) -> None:
         drafted = rows[row.measurement.relative_to(real_data).as_posix()]
         assert (real_data / drafted["image"], real_data / drafted["spots"]) == (row.image, row.spots)
         assert drafted["species"] == "human"
+
+
+def test_what_cannot_be_read_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, elsewhere = tmp_path / "data", tmp_path / "scanner"
+    elsewhere.mkdir()
+    write_tiff(elsewhere / "far.tif", tissue(64, 64))
+    folder.mkdir()
+    write_tiff(folder / "a.tif", tissue(64, 64))
+    (folder / "far.tif").symlink_to(elsewhere / "far.tif")  # large slides lie elsewhere, and are linked
+    (folder / "broken.tif").symlink_to(tmp_path / "gone.tif")
+    (folder / "circle.tif").symlink_to(folder / "circle.tif")
+    for name in ("pipe.tif", "pipe.csv", "pipe.h5ad", "experiment.xenium"):
+        os.mkfifo(folder / name)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "line\nbreak.tif").write_bytes(b"II*\0")
+    (folder / "wide.csv").write_text("a" * 200_000 + "\n1,2,3,4,5,6\n")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "experiment.xenium").write_text("[" * 100_000)
+    with h5py.File(folder / "odd.h5ad", "w") as root:
+        root.create_group("var")["gene_ids"] = 5
+    assert init(folder) == 0
+    told = capsys.readouterr().out
+    for name in ("broken.tif", "circle.tif", "pipe.tif", "pipe.csv", "pipe.h5ad", "experiment.xenium"):
+        assert f"note: {name}: is no file that can be read, left out" in told
+    assert "note: line\\nbreak.tif: is no file that can be read" in told
+    assert "note: linked: is a link to a folder, which is not followed" in told
+    rows = rows_of(folder / "manifest.csv")
+    assert sorted(rows) == ["a", "deep", "far", "odd"]
+    assert rows["far"]["image"] == str(elsewhere / "far.tif")

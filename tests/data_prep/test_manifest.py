@@ -138,3 +138,23 @@ def test_a_donor_in_two_splits_needs_split_by_section(tmp_path: Path) -> None:
 def test_equal_donor_names_of_two_studies_are_two_donors(tmp_path: Path) -> None:
     rows = [GOOD | {"split": "train"}, GOOD | {"slide_id": "b", "split": "test", "study": "s2"}]
     assert len(manifest.read(write_manifest(tmp_path / "m.csv", rows))) == 2
+
+
+def test_empty_columns_that_spreadsheets_add_behind_the_last_one(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path / "m.csv", [GOOD])
+    path.write_text("".join(f"{line},,\n" for line in path.read_text().splitlines()) + ",,,,\n")
+    assert manifest.read(path)[0].image == tmp_path / "a.tif"
+    path.write_text(path.read_text().replace(",,\n", ",,slip\n").replace("slip", "", 1))
+    assert "cells, the header has" in faults(path)[0]
+
+
+@pytest.mark.parametrize("hidden", ["\u00a0", "\u200b", "\x00", "\u2028", "\x0b", "\x1b[2J"])
+def test_donors_that_only_look_alike_are_refused(tmp_path: Path, hidden: str) -> None:
+    path = write_manifest(tmp_path / "m.csv", [GOOD | {"donor": f"d{hidden}1"}])
+    (fault,) = faults(path)
+    assert f"line 2, column donor: 'd{repr(hidden)[1:-1]}1' holds U+{ord(hidden[0]):04X}" in fault
+
+
+def test_a_cell_without_end_is_a_fault_of_its_line(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path / "m.csv", [GOOD | {"license": "x" * 200_000}])
+    assert "field larger than field limit" in faults(path)[0]
