@@ -3,8 +3,8 @@
     python -m data_prep.build MANIFEST --store DIR [--plan FILE --task K] [--workers N] [key=value ...]
 
 In: a manifest; with a plan, one of its tasks. Out: `DIR/<slide_id>.zarr.zip` and `DIR/<slide_id>.record.json` for every
-slide, the record last. A rerun builds only what is missing or whose files, row or config changed. Exit code 0, 1 where
-slides failed, 2 for wrong usage.
+slide, the record last; before them the list of the manifest's slides, `DIR/<hash>.manifest.json`. A rerun builds only
+what is missing or whose files, row or config changed. Exit code 0, 1 where slides failed, 2 for wrong usage.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep import inputs, manifest, progress, records, workers
+from data_prep import inputs, manifest, progress, records, wanted, workers
 from data_prep.manifest import ManifestRow
 from data_prep.one_slide import build_slide
 from data_prep.records import Record
@@ -191,7 +191,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     config = load(PrepConfig, args.config, args.overrides)
-    rows = task_rows(manifest.read(args.manifest, args.root, config.split_by), args.plan, args.task)
+    every = manifest.read(args.manifest, args.root, config.split_by)
+    rows = task_rows(every, args.plan, args.task)
+    wanted.write(args.store, args.manifest, (row.slide_id for row in every))
     start = time.monotonic()
     done = build(rows, args.store, config, max(1, min(args.workers, len(rows))), args.scratch)
     print(f"\n{_end_table(rows, done)}\n")

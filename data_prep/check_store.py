@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import records
+from data_prep import records, wanted
 from storm import files, schema, store
 
 # What reading a damaged file may raise, whatever library does it.
@@ -90,13 +90,15 @@ def _tile_fault(opened: store.SlideStore, i: int) -> str:
 
 
 def check_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """(faults, notes) of a folder besides its stores: records without a store, failures, and what builds left."""
+    """(faults, notes) of a folder besides its stores: records without a store, failures, slides that were never built,
+    and what builds left."""
     faults, notes = [], []
     for record in records.every(folder):
         if record.state == "failed":
             faults.append(f"{record.slide_id}: failed to build: {record.reason}")
         elif not store.store_path(folder, record.slide_id).is_file():
             faults.append(f"{record.slide_id}: has a record and no store; run data_prep.build")
+    faults += _never_built(folder)
     for left in files.leftovers(folder):
         age = max(0.0, time.time() - left.path.stat().st_mtime) / 3600
         text = f"{left.path.name}: left {age:.1f} hours ago by {left.owner}"
@@ -105,3 +107,16 @@ def check_folder(folder: Path) -> tuple[list[str], list[str]]:
         else:
             notes.append(f"{text}, which may be at work")
     return faults, notes
+
+
+def _never_built(folder: Path) -> list[str]:
+    """Slides of the manifests that were built into a folder, without a store and a record."""
+    try:
+        asked = wanted.read(folder)
+    except ValueError as error:
+        return [str(error).removeprefix(f"{folder}/")]
+    return [
+        f"{slide_id}: not built; run data_prep.build, or, where the slide is not wanted any more, delete {name}"
+        for slide_id, name in sorted(asked.items())
+        if not store.store_path(folder, slide_id).is_file() and not records.record_path(folder, slide_id).is_file()
+    ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep import check_shards, check_store, progress, workers
+from data_prep import check_shards, check_store, progress, records, wanted, workers
 from data_prep.packing.finish import unfinished
 from storm import shards, store
 from storm.commands import guarded
@@ -117,7 +117,9 @@ def verify(path: Path, processes: int = 1) -> Verdict:
         return verify_stores([path])
     if (path / shards.MANIFEST).is_file():
         return verify_shards(path, processes)
-    if path.is_dir() and (any(path.glob(f"*{store.SUFFIX}")) or any(path.glob("*.record.json"))):
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; name a slide store, a folder of them or a shard set")
+    if any(any(path.glob(f"*{suffix}")) for suffix in (store.SUFFIX, records.SUFFIX, wanted.SUFFIX)):
         return verify_folder(path, processes)
     raise ValueError(f"{path}: is no slide store, no folder of them (*{store.SUFFIX}) and no shard set "
                      f"({shards.MANIFEST}); name one")  # fmt: skip

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep import records
+from data_prep import records, wanted
 from data_prep.manifest import ManifestRow
 from storm import files, genes, shards, store
 
+_NOT_BUILT = "not built"
 _NAMED = 10  # of a long list so many are named
 
 
@@ -42,16 +43,27 @@ def named(names: Sequence[str]) -> str:
 
 
 def missing(store_dir: Path, rows: Sequence[ManifestRow]) -> dict[str, str]:
-    """slide id -> why it cannot be packed: it failed, its store is gone or cut short, or no one has built it."""
+    """slide id -> why it cannot be packed: it failed, its store is gone or cut short, or no one has built it.
+
+    Without rows, the manifests that were built into the folder say which slides there should be.
+
+    Raises:
+        ValueError: a list of them is damaged.
+    """
     found = {}
     for record in records.every(store_dir):
         if record.state == "failed":
             found[record.slide_id] = f"failed: {record.reason}"
         elif not records.is_complete(store_dir, record):
             found[record.slide_id] = "its store is not there as it was built"
-    for row in rows:
-        if row.slide_id not in found and not store.store_path(store_dir, row.slide_id).is_file():
-            found[row.slide_id] = "not built"
+    if rows:
+        asked = dict.fromkeys((row.slide_id for row in rows), _NOT_BUILT)
+    else:
+        lists = wanted.read(store_dir).items()
+        asked = {slide_id: f"{_NOT_BUILT}; or not wanted: then delete {name}" for slide_id, name in lists}
+    for slide_id, reason in asked.items():
+        if slide_id not in found and not store.store_path(store_dir, slide_id).is_file():
+            found[slide_id] = reason
     return dict(sorted(found.items()))
 
 

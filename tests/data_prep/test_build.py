@@ -11,7 +11,7 @@ import pytest
 import simplejpeg
 import tifffile
 
-from data_prep import manifest, one_slide, pack, platforms, profiles, records
+from data_prep import manifest, one_slide, pack, platforms, profiles, records, wanted
 from storm import files, store
 from storm.config import PrepConfig
 from tests.data_prep.vendors import (
@@ -35,7 +35,9 @@ def test_stores_of_a_corpus(built: Built, corpus: Path, capsys: pytest.CaptureFi
     code, folder = built()
     assert code == 0
     assert [p.name for p in store.paths(folder)] == ["i.zarr.zip", "t.zarr.zip", "v.zarr.zip"]
-    assert len(list(folder.iterdir())) == 2 * 3  # a store and a record each, and nothing else
+    # A store and a record each, what the manifest asks for, and nothing else.
+    assert len(list(folder.iterdir())) == 2 * 3 + 1
+    assert set(wanted.read(folder)) == {"i", "t", "v"}
     assert "3 built, 0 current, 0 failed" in capsys.readouterr().out
     visium = opened(folder, "v")
     measured = platforms.reader("visium").read(platforms.Source("visium", corpus / "v" / "outs"))

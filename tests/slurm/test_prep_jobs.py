@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import build, pack, plan, records
+from data_prep import build, pack, plan, records, wanted
 from storm import files, store
 from tests.data_prep.vendors import tissue, write_manifest, write_tiff, write_visium
 from tests.slurm.cluster import MAX_ARRAY, Cluster, until
@@ -48,9 +48,11 @@ def undisturbed(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(folder: Path, truth: Path, names: Sequence[str]) -> None:
-    """A folder holds the stores of these slides as they should be, their records, and nothing else."""
-    wanted = [f"{name}{suffix}" for name in names for suffix in (store.SUFFIX, records.SUFFIX)]
-    assert sorted(p.name for p in folder.iterdir()) == sorted(wanted)
+    """A folder holds the stores of these slides as they should be, their records, a list, and nothing else."""
+    names_of = [f"{name}{suffix}" for name in names for suffix in (store.SUFFIX, records.SUFFIX)]
+    found = [p.name for p in folder.iterdir()]
+    assert sorted(name for name in found if not name.endswith(wanted.SUFFIX)) == sorted(names_of)
+    assert len(found) == len(names_of) + 1
     for name in names:
         assert (folder / f"{name}{store.SUFFIX}").read_bytes() == (truth / f"{name}{store.SUFFIX}").read_bytes(), name
         assert records.is_complete(folder, records.read(folder, name))
