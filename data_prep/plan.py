@@ -2,10 +2,12 @@
 
     python -m data_prep.plan MANIFEST --store DIR [--out plan.json] [--tasks N | --task-minutes M] [--dry-run]
 
-In: a manifest. Every input is opened, headers and sizes only. Out: all faults at once, counts per platform and organ,
-bytes, files and time against the room there is, and the list of tasks, balanced by cost, each slide in one. Slides that
-are complete are left out, so planning again after a failure plans what is missing. Exit code 1 where a slide has a
-fault or the room is too small, 2 for wrong usage.
+In: a manifest. Every input is opened, headers and sizes only; of a slide that is to be built, a measurement of less
+than 50 MB (and any h5ad) is also read and placed without its counts, and of a larger Xenium or CosMx the files that
+tell its space (data_prep.precheck): a missing alignment or pixel size, or names that are no genes, are found before
+the build. Out: all faults at once, counts per platform and organ, bytes, files and time against the room there is, and
+the list of tasks, balanced by cost, each slide in one. Slides that are complete are left out, so planning again after a
+failure plans what is missing. Exit code 1 where a slide has a fault or the room is too small, 2 for wrong usage.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep import align, cost, inputs, manifest, one_slide, platforms, progress, records, slides
+from data_prep import align, cost, inputs, manifest, one_slide, platforms, precheck, progress, records, slides
 from data_prep.cost import Model, Work
 from data_prep.manifest import IMAGE_ONLY, ManifestRow
 from storm import files
@@ -26,7 +28,7 @@ from storm.config import PrepConfig, load
 
 _MPP = 0.5  # taken for the grid where only the build can find it
 _MOST_FILES = 3  # per slide, store, record and shards together
-_FAULTS = (ValueError, OSError)
+_FAULTS = precheck.FAULTS
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Checked:
     faults: list[str] = field(default_factory=list)
     complete: bool = False  # built, from these very files and this config
     found: list[Path] = field(default_factory=list)  # its inputs
+    before: str = ""  # why it failed last time, where its files are still the same
 
 
 def _is_complete(row: ManifestRow, folder: Path, config: PrepConfig, found: Sequence[Path]) -> bool:
@@ -51,13 +54,8 @@ def _is_complete(row: ManifestRow, folder: Path, config: PrepConfig, found: Sequ
     return inputs.fingerprint(row, config, last)[0] == last.fingerprint
 
 
-def _image_work(
-    row: ManifestRow, image: Path | None, found: Sequence[Path], config: PrepConfig, scratch: Path | None
-) -> Work:
+def _image_work(row: ManifestRow, image: Path, slide: slides.Header, found: Sequence[Path], config: PrepConfig) -> Work:
     """The grid of a slide's image, beside the files of its measurement. Raises one of _FAULTS where it is no slide."""
-    if image is None:
-        return Work()
-    slide = slides.header(image, config.max_image_mpx, scratch)
     told = {"manifest": row.mpp, "embedded": slide.embedded_mpp}
     if row.platform == IMAGE_ONLY:
         try:
@@ -88,16 +86,22 @@ def _measurement_files(row: ManifestRow) -> list[Path]:
 def check(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | None = None) -> Checked:
     """Open all inputs of a slide; every fault is kept, none is raised."""
     checked = Checked(row)
-    image, alignment = row.image, row.alignment
     found: list[Path] = []
+    headers: list[slides.Header] = []
 
     def measurement() -> Work:
         found.extend(_measurement_files(row))
         return Work(0, *cost.measured(found))
 
+    def image() -> Work:
+        if row.image is None:
+            return Work()
+        headers.append(slides.header(row.image, config.max_image_mpx, scratch))
+        return _image_work(row, row.image, headers[0], found, config)
+
     def aligned() -> Work:
-        if alignment:
-            align.read_alignment(alignment)
+        if row.alignment:
+            align.read_alignment(row.alignment)
         return Work()
 
     def whole() -> Work:
@@ -105,14 +109,28 @@ def check(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | No
             return Work()
         checked.found = inputs.files_of(row, config)
         checked.complete = _is_complete(row, folder, config, checked.found)
+        if not checked.complete:
+            checked.before = _before(row, folder, checked.found)
+            precheck.check(row, headers[0] if headers else None, found, config)
         return Work(bytes_in=sum(path.stat().st_size for path in checked.found))
 
-    for step in (measurement, lambda: _image_work(row, image, found, config, scratch), aligned, whole):
+    for step in (measurement, image, aligned, whole):
         try:
             checked.work += step()
         except _FAULTS as error:
             checked.faults.append(_text(error))
+        except Exception as error:  # noqa: BLE001  one slide must not stop the others, whatever it holds
+            checked.faults.append(f"does not read ({type(error).__name__}: {error}); look for damage in its files")
     return checked
+
+
+def _before(row: ManifestRow, folder: Path, found: Sequence[Path]) -> str:
+    """Why the last build of a slide failed, where no file of it changed since; else blank."""
+    last = records.read(folder, row.slide_id)
+    if last is None or last.state != "failed":
+        return ""
+    written_ns = records.record_path(folder, row.slide_id).stat().st_mtime_ns
+    return "" if any(path.stat().st_mtime_ns > written_ns for path in found) else last.reason
 
 
 def _text(error: Exception) -> str:
@@ -284,6 +302,9 @@ def _run(args: argparse.Namespace) -> int:
         print(f"\nslides like these:\n{_scales(good, model, config, args.extrapolate)}")
     for line in shared_inputs(checked, config):
         print(f"warning: {line}")
+    for one in checked:
+        if one.before and not one.faults:
+            print(f"warning: {one.row.slide_id} failed last time, and none of its files changed since: {one.before}")
     _tell_faults(checked)
     if not args.dry_run:
         out = args.out or args.store / "plan.json"

@@ -35,7 +35,9 @@ class Placed:
     facts: dict[str, Any]
 
 
-def place(row: ManifestRow, slide: slides.Slide | None, measured: Measurement | None, config: PrepConfig) -> Placed:
+def place(
+    row: ManifestRow, slide: slides.Slide | slides.Header | None, measured: Measurement | None, config: PrepConfig
+) -> Placed:
     """The slide's mpp and the map from the measurement's own space to level 0.
 
     Raises:
@@ -72,7 +74,9 @@ def place(row: ManifestRow, slide: slides.Slide | None, measured: Measurement | 
     return Placed(mpp, matrix, source, residual, size, {**facts, "notes": [*notes, *mpp.notes]})
 
 
-def _matrix(row: ManifestRow, slide: slides.Slide | None, measured: Measurement | None) -> tuple[align.Matrix, str]:
+def _matrix(
+    row: ManifestRow, slide: slides.Slide | slides.Header | None, measured: Measurement | None
+) -> tuple[align.Matrix, str]:
     """The map from the own space to level 0, and who told it."""
     if measured is None or slide is None:
         return np.eye(3), "no image" if slide is None else "no measurement"

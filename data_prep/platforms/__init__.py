@@ -69,8 +69,20 @@ class Measurement:
     facts: dict[str, Any] = field(default_factory=dict)  # of the vendor's files: versions and names of panels, no more
 
 
+@dataclass(frozen=True)
+class Frame:
+    """The own space of a measurement, as Measurement has it."""
+
+    space_um: float
+    matrix: npt.NDArray[np.float64] | None
+    source: str
+
+
 class Reader(Protocol):
-    """A platform's module."""
+    """A platform's module.
+
+    One may also have `frame(source) -> Frame | None`: the space without the profiles, where that is cheap to tell.
+    """
 
     def inputs(self, source: Source) -> list[Path]:
         """The files that `read` will read."""

@@ -21,6 +21,7 @@ from data_prep import align
 from data_prep.platforms import (
     CONTROL,
     GENE,
+    Frame,
     Measurement,
     Rows,
     Source,
@@ -109,6 +110,24 @@ def read(source: Source) -> Measurement:
         if "polygon_xy" in made:
             made["polygon_xy"][:, 1] *= -1
     return Measurement("cosmx", matrix_source="none", **made)
+
+
+def frame(source: Source) -> Frame | None:
+    """The space of the export, without its cells; None where only their table tells it.
+
+    Raises:
+        ValueError: as `read` does.
+    """
+    files = _locate(source)
+    fovs = Fovs(files.fovs)
+    if source.space_um is None and fovs.mm and not fovs.px:
+        return None
+    space_um, _ = fovs.space_um(source.space_um, {}, source.measurement)
+    if not files.alignment:
+        return Frame(space_um, None, "none")
+    told = align.read_alignment(files.alignment)
+    align.check_scale(told.matrix, space_um, files.alignment)
+    return Frame(space_um, told.matrix, told.source)
 
 
 def _cells(files: _Files, told_um: float | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from data_prep.platforms import (
     CONTROL,
     GENE,
     OTHER,
+    Frame,
     Measurement,
     Source,
     found,
@@ -100,6 +101,14 @@ def read(source: Source) -> Measurement:
         )
     facts |= {key: told[key] for key in _FACTS if _is_word(told.get(key))}
     return Measurement("xenium", space_um=space_um, matrix=matrix, matrix_source=word, facts=facts, **made)
+
+
+def frame(source: Source) -> Frame:
+    """The space of the bundle, without its cells. Raises ValueError as `read` does."""
+    files = _locate(source)
+    space_um = _space_um(source, _experiment(files.experiment), files.experiment)
+    matrix, word, _, _ = _aligned(files.alignment, space_um)
+    return Frame(space_um, matrix, word)
 
 
 def _is_word(value: object) -> bool:

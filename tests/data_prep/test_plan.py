@@ -214,3 +214,15 @@ def test_a_store_folder_that_cannot_be_written(corpus: Path, tmp_path: Path) -> 
     assert plan.main(words) == 2
     shutil.rmtree(corpus)
     assert plan.main(words) == 2
+
+
+def test_what_failed_last_time_is_told_until_a_file_changes(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records.write(tmp_path, records.Record("i", "failed", "i.tif: odd; mend it"))
+    assert run(corpus / "manifest.csv", tmp_path)[0] == 0
+    text = "warning: i failed last time, and none of its files changed since: i.tif: odd; mend it"
+    assert text in capsys.readouterr().out
+    (corpus / "images" / "i.tif").touch()
+    run(corpus / "manifest.csv", tmp_path)
+    assert "failed last time" not in capsys.readouterr().out
