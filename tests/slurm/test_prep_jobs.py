@@ -219,6 +219,19 @@ def test_what_ended_jobs_left_on_other_machines_is_removed(
     assert {job for job, path in left.items() if path.exists()} == {f"lab-{running}", f"west-{ended}"}
 
 
+def test_a_dependency_on_no_job_is_dropped(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"tasks": []}')
+    done = cluster.run(SUBMIT, "prep.sbatch", "--", "--plan", "plan.json", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    words = ("--", "--store", tmp_path / "stores", "--out", tmp_path / "out")
+    for options in ([f"--dependency=afterany:{done.stdout}"], ["--dependency", "afterok:"], ["-d", "afterany:"]):
+        job = submitted(cluster, tmp_path, "pack.sbatch", "--hold", *options, *words)
+        assert " Dependency=(null) " in cluster.tell("scontrol", "--oneliner", "show", "job", job)
+        after = submitted(cluster, tmp_path, "pack.sbatch", f"--dependency=afterany:{job}", *words)
+        assert f" Dependency=afterany:{job}(" in cluster.tell("scontrol", "--oneliner", "show", "job", after)
+        cluster.tell("scancel", job, after)
+
+
 def test_submit_tells_what_is_wrong(cluster: Cluster, tmp_path: Path, root: Path) -> None:
     def said(*words: object, **env: str) -> str:
         done = cluster.run(root / "slurm" / "submit", *words, cwd=tmp_path, **env)
