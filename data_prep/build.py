@@ -8,6 +8,7 @@ what is missing or whose files, row or config changed. Exit code 0, 1 where slid
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import os
@@ -24,7 +25,7 @@ from data_prep.manifest import ManifestRow
 from data_prep.one_slide import build_slide
 from data_prep.records import Record
 from storm import files, store
-from storm.commands import guarded
+from storm.commands import explain, guarded
 from storm.config import PrepConfig, load
 
 # What a damaged or wrong input raises; anything else is a fault of ours, and is told as such.
@@ -40,7 +41,7 @@ def _made(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | No
     """
     start, last = time.perf_counter(), records.read(folder, row.slide_id)
     mark, found = inputs.fingerprint(row, config, last)
-    if last and last.fingerprint == mark and records.is_complete(folder, last):
+    if last and last.fingerprint == mark and records.is_complete(folder, last) and _opens(folder, last):
         return last, False
     path = build_slide(row, folder, config, scratch)
     return Record(
@@ -48,6 +49,15 @@ def _made(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | No
         sha256=files.sha256_file(path), seconds=round(time.perf_counter() - start, 3),
         peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1), cost=_cost(path),
     ), True  # fmt: skip
+
+
+def _opens(folder: Path, record: Record) -> bool:
+    """Whether a store of the right size is still one: a disk may have lost a part of it."""
+    try:
+        store.SlideStore(store.store_path(folder, record.slide_id))
+    except ValueError:
+        return False
+    return True
 
 
 def _cost(path: Path) -> dict[str, float]:
@@ -80,9 +90,18 @@ def attempt(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | 
             row, folder, config, f"internal fault: {type(error).__name__}: {error} "
             f"({Path(place.filename).name}:{place.lineno}); look for damage in the slide's files, and report it",
         ), False  # fmt: skip
-    if new or record.state == "failed":
+    return _written(record, folder) if new or record.state == "failed" else record, new
+
+
+def _written(record: Record, folder: Path) -> Record:
+    """Write a record; where that cannot be, the slide failed."""
+    try:
         records.write(folder, record)
-    return record, new
+    except OSError as error:
+        reason = record.reason or "its store is built"
+        return dataclasses.replace(record, state="failed", reason=f"{reason}; its record was not written: "
+                                   f"{explain(error)}")  # fmt: skip
+    return record
 
 
 def _failed(row: ManifestRow, folder: Path, config: PrepConfig, reason: str) -> Record:
@@ -143,9 +162,17 @@ def _end_table(rows: Sequence[ManifestRow], done: Sequence[tuple[Record, bool]])
 
 
 def _died(row: ManifestRow, reason: str, folder: Path) -> tuple[Record, bool]:
-    record = Record(row.slide_id, "failed", reason)
-    records.write(folder, record)
-    return record, False
+    return _written(Record(row.slide_id, "failed", reason), folder), False
+
+
+def _tasks(plan: Path) -> list[list[str]]:
+    """Raises ValueError where a file is no plan."""
+    told = files.read_json(plan)
+    tasks = told.get("tasks") if isinstance(told, dict) else None
+    sound = isinstance(tasks, list) and all(isinstance(task, list) for task in tasks)
+    if not sound or not all(isinstance(name, str) for task in tasks or () for name in task):
+        raise ValueError(f"{plan}: is no plan; write it with python -m data_prep.plan")
+    return tasks or []
 
 
 def task_rows(rows: Sequence[ManifestRow], plan: Path | None, task: int | None) -> list[ManifestRow]:
@@ -155,10 +182,14 @@ def task_rows(rows: Sequence[ManifestRow], plan: Path | None, task: int | None) 
         ValueError: no such plan or task, or the plan is of another manifest.
     """
     if plan is None:
+        if task is not None:
+            raise ValueError(f"--task {task} is of a plan; name it with --plan")
         return list(rows)
-    tasks = files.read_json(plan)["tasks"] if plan.is_file() else None
-    if tasks is None:
+    if not plan.is_file():
         raise ValueError(f"{plan}: no such plan; write it with python -m data_prep.plan")
+    tasks = _tasks(plan)
+    if not tasks:
+        raise ValueError(f"{plan}: has no task, nothing was left to build; plan again where that changed")
     if task is None or not 0 <= task < len(tasks):
         raise ValueError(f"{plan}: has tasks 0 to {len(tasks) - 1}; name one of them with --task")
     by_id = {row.slide_id: row for row in rows}
@@ -190,10 +221,14 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: give 1 or more")
     config = load(PrepConfig, args.config, args.overrides)
     every = manifest.read(args.manifest, args.root, config.split_by)
     rows = task_rows(every, args.plan, args.task)
     wanted.write(args.store, args.manifest, (row.slide_id for row in every))
+    if args.plan and files.read_json(args.plan).get("manifest_sha256") != files.sha256_file(args.manifest):
+        print(f"note: {args.manifest} changed since {args.plan} was made: rows that are new are in none of its tasks")
     start = time.monotonic()
     done = build(rows, args.store, config, max(1, min(args.workers, len(rows))), args.scratch)
     print(f"\n{_end_table(rows, done)}\n")

@@ -5,6 +5,7 @@ pack knows what is complete, what failed and why. Nothing of it enters the store
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from storm import files, store
 
 SUFFIX = ".record.json"
+STATES = ("built", "failed")
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,26 @@ def read(folder: Path, slide_id: str) -> Record | None:
     """A slide's record; None where there is none, or a damaged one: then the slide is built anew."""
     path = record_path(folder, slide_id)
     try:
-        return Record(**files.read_json(path)) if path.is_file() else None
+        record = Record(**files.read_json(path)) if path.is_file() else None
     except (ValueError, TypeError):
         return None
+    return record if record and record.slide_id == slide_id and _is_sound(record) else None
+
+
+def _is_sound(record: Record) -> bool:
+    """Whether a record holds what it says it holds: people edit files."""
+
+    def counts(value: object) -> bool:
+        return isinstance(value, int | float) and 0 <= value < math.inf
+
+    return (
+        record.state in STATES
+        and all(isinstance(text, str) for text in (record.reason, record.fingerprint, record.sha256))
+        and all(map(counts, (record.bytes, record.seconds, record.peak_mb)))
+        and isinstance(record.cost, dict) and all(map(counts, record.cost.values()))
+        and isinstance(record.inputs, list)
+        and all(isinstance(entry, list) and list(map(type, entry)) == [str, int, int, str] for entry in record.inputs)
+    )  # fmt: skip
 
 
 def is_complete(folder: Path, record: Record | None) -> bool:

@@ -256,11 +256,12 @@ class SlideStore:
             raise ValueError(f"{path}: no complete slide store ({error}); delete it and run data_prep.build") from error
         attributes: dict[str, Any] = dict(self._root.attrs)
         if attributes.get("schema_version") != schema.SCHEMA_VERSION:
-            raise ValueError(
-                f"{path}: schema version {attributes.get('schema_version')}, this code reads "
-                f"{schema.SCHEMA_VERSION}; rebuild it with data_prep.build"
-            )
-        self.info = SlideInfo(**attributes)
+            raise ValueError(f"{path}: schema version {attributes.get('schema_version')}, this code reads "
+                             f"{schema.SCHEMA_VERSION}; rebuild it with data_prep.build")  # fmt: skip
+        try:
+            self.info = SlideInfo(**attributes)
+        except TypeError as error:
+            raise ValueError(f"{path}: no sound slide store ({error}); delete it and run data_prep.build") from error
         self.place: npt.NDArray[np.int32] = self._array("tiles/place")  # [T, 2] (row, col)
         self._offsets = self._array("tiles/offsets")
         self.tile_index = {(int(r), int(c)): i for i, (r, c) in enumerate(self.place)}

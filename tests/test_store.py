@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,3 +134,15 @@ def test_morton_keeps_neighbours_near() -> None:
     numbers = {store.morton(r, c) for r in range(8) for c in range(8)}
     assert numbers == set(range(64))
     assert [store.morton(0, 1), store.morton(1, 0), store.morton(1, 1)] == [1, 2, 3]
+
+
+def test_a_store_with_other_facts_than_ours_is_refused(tmp_path: Path) -> None:
+    path = store.write(tmp_path, INFO, tiles(1), PROFILES, GENES)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    parts["zarr.json"] = parts["zarr.json"].replace(b'"mpp":', b'"Mpp":')
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    with pytest.raises(ValueError, match=r"s1\.zarr\.zip: no sound slide store .*'Mpp'.*; delete it and run"):
+        store.SlideStore(path)
