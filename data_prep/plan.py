@@ -18,13 +18,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-from data_prep import align, cost, inputs, manifest, one_slide, platforms, precheck, progress, records, slides
+from data_prep import align, cost, inputs, manifest, one_slide, platforms, precheck, progress, records, slides, splits
 from data_prep.cost import Model, Work
 from data_prep.manifest import IMAGE_ONLY, ManifestRow
 from storm import files
 from storm.commands import explain, guarded
 from storm.config import PrepConfig, load
+from storm.store import SlideInfo
 
 _MPP = 0.5  # taken for the grid where only the build can find it
 _MOST_FILES = 3  # per slide, store, record and shards together
@@ -138,18 +140,48 @@ def _text(error: Exception) -> str:
 
 
 def shared_inputs(checked: Sequence[Checked], config: PrepConfig) -> list[str]:
-    """A line for each file that more than one slide is made from."""
-    users: dict[tuple[int, int], tuple[Path, dict[str, None]]] = {}
+    """A line for each group of slides that are made from the same files; one section in several units is no fault."""
+    users: dict[tuple[int, int], tuple[Path, dict[str, Checked]]] = {}
     for one in checked:
         for path in one.found:
             if str(path) != config.aliases:
                 stat = path.stat()
-                users.setdefault((stat.st_dev, stat.st_ino), (path, {}))[1][one.row.slide_id] = None
+                users.setdefault((stat.st_dev, stat.st_ino), (path, {}))[1][one.row.slide_id] = one
+    groups: dict[tuple[str, ...], tuple[list[Path], list[ManifestRow]]] = {}
+    for path, mine in users.values():
+        if len(mine) > 1:
+            groups.setdefault(tuple(mine), ([], [one.row for one in mine.values()]))[0].append(path)
+    # Cells and squares of a section share most files, and a part of those that share the section share all of them.
+    units = {names for names, (_, rows) in groups.items() if _is_in_units(rows)}
+    lines = []
+    for names, (paths, rows) in groups.items():
+        told = f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
+        if names not in units:
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            verb = "are inputs" if more else "is an input"
+            lines.append(f"warning: {paths[0]}{more} {verb} of {len(names)} slides ({told}); is one of them a "
+                         "duplicate?")  # fmt: skip
+        elif not any(set(names) < set(other) for other in units):
+            kinds = ", ".join(row.unit or "its usual unit" for row in rows[:4])
+            lines.append(f"note: {told} are one section in {len(names)} units ({kinds})")
+    return lines
+
+
+def _is_in_units(rows: Sequence[ManifestRow]) -> bool:
+    """Whether rows are one section of one measurement and image, each in a unit of its own."""
+    return len({(row.measurement, row.image) for row in rows}) == 1 and len({row.unit for row in rows}) == len(rows)
+
+
+def split_lines(rows: Sequence[ManifestRow], config: PrepConfig) -> list[str]:
+    """A line for each split that would hold no slide, for a set without one measures nothing or learns nothing."""
+    told = splits.assign(cast(list[SlideInfo], rows), config)  # a row has what is read there, under the same names
+    given = "every row that counts names another split" if all(row.split for row in rows) else "too few are free"
+    unit = "donors" if config.split_by == "donor" else "sections"
     return [
-        f"{path} is an input of {len(names)} slides ({', '.join(list(names)[:4])}{', ...' * (len(names) > 4)}); "
-        "is one of them a duplicate?"
-        for path, names in users.values()
-        if len(names) > 1
+        f"warning: no {split} split: none of the {len(rows)} slides would be in it ({given}); give rows of some {unit} "
+        f"the split {split}, or leave the column blank for more {unit}"
+        for split in ("train", "test")
+        if split not in told.values() and (split != "test" or config.test_share or any(row.split for row in rows))
     ]
 
 
@@ -190,12 +222,30 @@ def _counts_table(checked: Sequence[Checked], model: Model) -> str:
 
 def _counts_row(group: Sequence[Checked], model: Model) -> list[object]:
     work = sum((one.work for one in group), Work())
-    hours = model.seconds(work, len(group)) / 3600
     return [
         len(group), sum(one.complete for one in group), sum(bool(one.faults) for one in group),
         f"{work.profiles:.0f}", _short(work.counts), f"{work.grid * model.tissue:.0f}", progress.size(work.bytes_in),
-        progress.size(model.store_bytes(work)), f"{hours:.2f}",
+        progress.size(model.store_bytes(work)), _hours(model.seconds(work, len(group))),
     ]  # fmt: skip
+
+
+def _hours(seconds: float) -> str:
+    """Hours in two digits at least, for small corpora too."""
+    hours = seconds / 3600
+    if 0 < hours < 0.001:
+        return "<0.001"
+    return f"{hours:.1f}" if hours >= 10 else f"{hours:.2g}" if hours < 1 else f"{hours:.2f}"
+
+
+def _time(seconds: float) -> str:
+    """A time to plan by: 40 s, 14 min, 2.5 h."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _short(count: float) -> str:
@@ -211,7 +261,7 @@ def _scales(good: Sequence[Checked], model: Model, config: PrepConfig, slides_: 
         shards = math.ceil(model.shard_files(more, config))
         files_ = cost.FILES_PER_SLIDE * n + shards
         rows.append([
-            n, f"{more.profiles:.0f}", f"{more.grid * model.tissue:.0f}", f"{model.seconds(more, n) / 3600:.1f}",
+            n, f"{more.profiles:.0f}", f"{more.grid * model.tissue:.0f}", _hours(model.seconds(more, n)),
             progress.size(more.bytes_in), progress.size(model.store_bytes(more)),
             progress.size(model.shard_bytes(more)), shards, files_, f"{files_ / n:.2f}",
         ])  # fmt: skip
@@ -280,7 +330,7 @@ def _checked(rows: Sequence[ManifestRow], args: argparse.Namespace, config: Prep
     with progress.Progress(len(rows)) as shown:
         for row in rows:
             found.append(check(row, args.store, config, args.scratch))
-            shown.step("" if not found[-1].faults else f"{row.slide_id}: {len(found[-1].faults)} faults")
+            shown.step("" if not found[-1].faults else f"{row.slide_id}: {_many(len(found[-1].faults), 'fault')}")
     return found
 
 
@@ -300,8 +350,8 @@ def _run(args: argparse.Namespace) -> int:
     print(f"costs from {source}; a tile has {config.tile_px} px, {100 * model.tissue:.0f} % of a slide become tiles")
     if args.extrapolate and good:
         print(f"\nslides like these:\n{_scales(good, model, config, args.extrapolate)}")
-    for line in shared_inputs(checked, config):
-        print(f"warning: {line}")
+    for line in [*split_lines([one.row for one in checked], config), *shared_inputs(checked, config)]:
+        print(line)
     for one in checked:
         if one.before and not one.faults:
             print(f"warning: {one.row.slide_id} failed last time, and none of its files changed since: {one.before}")
@@ -309,7 +359,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.dry_run:
         out = args.out or args.store / "plan.json"
         files.write_json(out, {"tasks": tasks, "manifest_sha256": files.sha256_file(args.manifest)})
-        print(f"{out}: {len(tasks)} tasks, {len(planned)} slides")
+        print(f"{out}: {_many(len(tasks), 'task')}, {_many(len(planned), 'slide')}")
     return 0 if len(good) == len(checked) and enough else 1
 
 
@@ -320,8 +370,10 @@ def _tell_tasks(args: argparse.Namespace, seconds: dict[str, float]) -> list[lis
     count, note = _task_count(args, seconds)
     tasks = balanced(seconds, count)
     loads = [sum(seconds[name] for name in task) / args.workers for task in tasks]
-    print(f"{len(seconds)} slides in {len(tasks)} tasks, {args.workers} at a time: {progress.clock(min(loads))} to "
-          f"{progress.clock(max(loads))} each, {sum(seconds.values()) / 3600:.2f} core-hours in all")  # fmt: skip
+    low, high = (_time(load) for load in (min(loads), max(loads)))
+    each = f"{low} to {high} each" if low != high else f"{low}{' each' * (len(tasks) > 1)}"
+    print(f"{_many(len(seconds), 'slide')} in {_many(len(tasks), 'task')}, {args.workers} at a time: {each}, "
+          f"{_hours(sum(seconds.values()))} core-hours in all")  # fmt: skip
     if note:
         print(f"note: {note}")
     return tasks
@@ -330,7 +382,7 @@ def _tell_tasks(args: argparse.Namespace, seconds: dict[str, float]) -> list[lis
 def _tell_faults(checked: Sequence[Checked]) -> None:
     faulty = [one for one in checked if one.faults]
     if faulty:
-        print(f"\n{len(faulty)} of {len(checked)} slides cannot be built:")
+        print(f"\n{len(faulty)} of {_many(len(checked), 'slide')} cannot be built:")
         for one in faulty:
             print("\n".join(f"  {one.row.slide_id}: {fault}" for fault in one.faults))
 

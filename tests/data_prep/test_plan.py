@@ -1,5 +1,6 @@
 """plan: every fault at once, each slide in one task, what is complete left out, and the room that is needed."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import build, cost, plan, records
+from data_prep import build, cost, manifest, plan, records
 from storm import files, store
+from storm.config import PrepConfig
 from tests.data_prep.vendors import tissue, write_manifest, write_tiff, write_visium
 
 Built = Callable[..., tuple[int, Path]]
@@ -226,3 +228,34 @@ def test_what_failed_last_time_is_told_until_a_file_changes(
     (corpus / "images" / "i.tif").touch()
     run(corpus / "manifest.csv", tmp_path)
     assert "failed last time" not in capsys.readouterr().out
+
+
+def test_a_split_without_slides_is_told(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(corpus / "manifest.csv", tmp_path)
+    assert "split:" not in capsys.readouterr().out
+    rows = [{"slide_id": "i", "image": "images/i.tif", "platform": "image", "split": "train"}]
+    assert run(write_manifest(corpus / "m.csv", rows), tmp_path)[0] == 0
+    out = capsys.readouterr().out
+    assert "warning: no test split: none of the 1 slides would be in it" in out and "no train split" not in out
+    assert "1 slide in 1 task, 1 at a time: 1 s, <0.001 core-hours in all" in out
+
+
+def test_one_section_in_several_units_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    image, outs = corpus / "images" / "v.tif", corpus / "v" / "outs"
+
+    def lines(*rows: manifest.ManifestRow) -> list[str]:
+        checked = [plan.Checked(row, found=[image, outs / "filtered_feature_bc_matrix.h5"]) for row in rows]
+        return plan.shared_inputs(checked, PrepConfig())
+
+    cells = manifest.ManifestRow("c", image, outs, "xenium")
+    squares = [dataclasses.replace(cells, slide_id=f"s{n}", unit=f"square{n}um") for n in (8, 16)]
+    assert lines(cells, *squares) == [
+        "note: c, s8, s16 are one section in 3 units (its usual unit, square8um, square16um)"
+    ]
+    (told,) = lines(cells, dataclasses.replace(cells, slide_id="again"))
+    assert told.endswith("v.tif and 1 more are inputs of 2 slides (c, again); is one of them a duplicate?")
+
+
+def test_times_and_hours_are_for_people() -> None:
+    assert [plan._time(s) for s in (3.2, 850, 9000)] == ["4 s", "14 min", "2.5 h"]
+    assert [plan._hours(s) for s in (1.0, 12, 900, 7300, 360_000)] == ["<0.001", "0.0033", "0.25", "2.03", "100.0"]
