@@ -35,6 +35,7 @@ from storm.presets import nearest
 SPECIES = ("human", "mouse")
 MPP_RANGE = (0.02, 20.0)  # outside it a value is a slip of the pen
 SPACE_RANGE = (0.02, 1000.0)  # the unit may be a mm, or the pitch of a lattice
+_MOST_FAULTS, _MOST_RANGES = 20, 8  # that are told at once
 _UNIT = re.compile(r"cell|(square|disc)\d{1,3}um")
 
 
@@ -83,6 +84,7 @@ class _Reader:
     def __init__(self, line: int, cells: dict[str, str], root: Path) -> None:
         self.line, self.cells, self.root = line, cells, root
         self.faults: list[str] = []
+        self.blanks: list[tuple[str, str]] = []  # (column, cure) of required cells without text
 
     def fault(self, column: str, text: str) -> None:
         self.faults.append(f"line {self.line}, column {column}: {text}")
@@ -93,7 +95,7 @@ class _Reader:
     def required(self, column: str, cure: str) -> str:
         value = self.text(column)
         if not value:
-            self.fault(column, f"is blank; {cure}")
+            self.blanks.append((column, cure))
         return value
 
     def path(self, column: str) -> Path | None:
@@ -104,9 +106,18 @@ class _Reader:
             return Path(value)
         try:
             return files.inside(self.root, value)
-        except ValueError as error:
-            self.fault(column, str(error))
+        except ValueError:
+            self.fault(column, self._outside(value))
             return None
+
+    def _outside(self, value: str) -> str:
+        """Why a path is refused; a link that leads out of the root looks as if it did not."""
+        link = ".." not in Path(value).parts
+        why = " through a link (links count as what they lead to)" if link else ""
+        return (
+            f"{value!r} leaves its root {self.root.resolve().name!r}{why}; write the absolute path, or give "
+            "--root with a folder above it"
+        )
 
     def one_of(self, column: str, value: str, known: tuple[str, ...]) -> str:
         if value and value not in known:
@@ -247,6 +258,33 @@ def _two_splits(rows: list[tuple[int, ManifestRow]], split_by: str) -> list[str]
     return faults
 
 
+def _ranges(lines: Sequence[int]) -> str:
+    """Ascending numbers as 2-9, 12; at most a few of them."""
+    parts: list[list[int]] = []
+    for line in lines:
+        if parts and line == parts[-1][1] + 1:
+            parts[-1][1] = line
+        else:
+            parts.append([line, line])
+    text = ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in parts[:_MOST_RANGES])
+    return text + (", ..." if len(parts) > _MOST_RANGES else "")
+
+
+def _blank_faults(blanks: dict[tuple[str, str], list[int]]) -> list[str]:
+    """A line for each column that is blank somewhere, however many rows leave it so."""
+    return [
+        f"line {lines[0]}, column {column}: is blank; {cure}" if len(lines) == 1
+        else f"column {column} is blank on lines {_ranges(lines)} ({len(lines)} rows); {cure}"
+        for (column, cure), lines in blanks.items()
+    ]  # fmt: skip
+
+
+def _shown(faults: list[str]) -> list[str]:
+    """Faults that a person still reads; the rest is counted."""
+    more = len(faults) - _MOST_FAULTS
+    return faults if more <= 0 else [*faults[:_MOST_FAULTS], f"and {more} more faults; mend these first"]
+
+
 def read(path: Path, root: Path | None = None, split_by: str = "donor") -> list[ManifestRow]:
     """The rows of a manifest, in its order.
 
@@ -255,7 +293,7 @@ def read(path: Path, root: Path | None = None, split_by: str = "donor") -> list[
         split_by: 'donor', or 'section' where one donor may be in several splits.
 
     Raises:
-        ValueError: all faults, each with file, line, column and cure.
+        ValueError: the faults (20 at most), each with file, line, column and cure; blank cells once per column.
     """
     header, lines = _cells(path)
     header = [name.strip() for name in header]
@@ -263,6 +301,7 @@ def read(path: Path, root: Path | None = None, split_by: str = "donor") -> list[
         header.pop()
     faults = _header_faults(header)
     rows = []
+    blanks: dict[tuple[str, str], list[int]] = {}
     if not faults:
         for line, cells in lines:
             if not any(cell.strip() for cell in cells[len(header) :]):
@@ -273,11 +312,14 @@ def read(path: Path, root: Path | None = None, split_by: str = "donor") -> list[
             reader = _Reader(line, dict(zip(header, cells, strict=True)), root or path.parent)
             rows.append((line, reader.row()))
             faults += reader.faults
+            for blank in reader.blanks:
+                blanks.setdefault(blank, []).append(line)
+        faults = _blank_faults(blanks) + faults
         faults += _duplicates(rows) + _two_splits(rows, split_by)
         if not rows and not faults:
             faults.append("holds no slide; add a line per slide")
     if faults:
-        raise ValueError("\n".join(f"{path}: {fault}" for fault in faults))
+        raise ValueError("\n".join(f"{path}: {fault}" for fault in _shown(faults)))
     return [row for _, row in rows]
 
 
@@ -285,11 +327,16 @@ def main(words: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.manifest", description="Draft or validate a manifest.")
     commands = parser.add_subparsers(dest="command", required=True)
-    init = commands.add_parser("init", help="draft a manifest from a folder; what cannot be known stays blank")
+    text = "Draft a manifest from a folder; what cannot be known stays blank."
+    init = commands.add_parser("init", help="draft a manifest from a folder", description=text)
     init.add_argument("folder", type=Path, help="folder that holds slides and measurements")
     init.add_argument("-o", "--out", type=Path, help="file to write (default: manifest.csv in the folder)")
     init.add_argument("--force", action="store_true", help="replace the file where it is there")
-    check = commands.add_parser("check", help="validate a manifest, and nothing else")
+    text = (
+        "Validate a manifest as text: columns, cells, ids, splits, and that paths stay below their root. No slide or "
+        "measurement is opened; that is python -m data_prep.plan MANIFEST --store DIR --dry-run."
+    )
+    check = commands.add_parser("check", help="validate a manifest, and nothing else", description=text)
     check.add_argument("manifest", type=Path)
     check.add_argument("--root", type=Path, help="folder that relative paths start from (default: the manifest's)")
     check.add_argument("--split-by", choices=("donor", "section"), default="donor")

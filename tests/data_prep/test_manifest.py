@@ -74,8 +74,8 @@ def test_all_faults_come_together(tmp_path: Path) -> None:
     found = faults(write_manifest(tmp_path / "m.csv", rows))
     assert [f.split(": ")[1] for f in found] == [
         "line 2, column donor",
-        "line 3, column slide_id",
         "line 3, column organ",
+        "line 3, column slide_id",
         "line 4, column slide_id",
     ]
     assert "'a' is already on line 2" in found[-1]
@@ -158,3 +158,31 @@ def test_donors_that_only_look_alike_are_refused(tmp_path: Path, hidden: str) ->
 def test_a_cell_without_end_is_a_fault_of_its_line(tmp_path: Path) -> None:
     path = write_manifest(tmp_path / "m.csv", [GOOD | {"license": "x" * 200_000}])
     assert "field larger than field limit" in faults(path)[0]
+
+
+def test_blank_cells_are_told_by_column_and_faults_have_an_end(tmp_path: Path) -> None:
+    rows = [GOOD | {"slide_id": f"s{n}", "donor": "" if n != 5 else "d", "organ": ""} for n in range(60)]
+    donor, organ = faults(write_manifest(tmp_path / "m.csv", rows))
+    assert "column donor is blank on lines 2-6, 8-61 (59 rows); name the person" in donor
+    assert "column organ is blank on lines 2-61 (60 rows)" in organ
+    found = faults(write_manifest(tmp_path / "m.csv", [row | {"mpp": "half"} for row in rows]))
+    assert len(found) == 21 and found[-1].endswith("and 42 more faults; mend these first")
+
+
+def test_a_link_that_leads_out_says_so(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "data").symlink_to(tmp_path / "far")
+    path = write_manifest(tmp_path / "near" / "m.csv", [GOOD | {"image": "data/a.tif"}])
+    (fault,) = faults(path)
+    assert "'data/a.tif' leaves its root 'near' through a link (links count as what they lead to)" in fault
+    assert fault.endswith("write the absolute path, or give --root with a folder above it")
+    assert manifest.read(path, tmp_path)[0].image == tmp_path / "data" / "a.tif"
+    (fault,) = faults(write_manifest(tmp_path / "near" / "m.csv", [GOOD | {"image": "../a.tif"}]))
+    assert "through a link" not in fault
+
+
+def test_check_says_what_it_checks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        manifest.main(["check", "--help"])
+    assert "Validate a manifest as text" in " ".join(capsys.readouterr().out.split())
