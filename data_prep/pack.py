@@ -41,6 +41,7 @@ class Job:
     options: Options
     sources: list[found_by.Source]
     held: found_by.Held
+    left_out: dict[str, str]  # slide id -> why it is missing
     fingerprint: str
 
     @property
@@ -58,7 +59,9 @@ class Job:
         known = Plan.load(path)
         if known and (self.work / shards.GENES).is_file():
             return known
-        plan, table, notes = describe.make(self.fingerprint, self.sources, self.held, self.config, self.options)
+        plan, table, notes = describe.make(
+            self.fingerprint, self.sources, self.held, self.config, self.options, len(self.left_out)
+        )
         for note in notes:
             print(note)
         files.write_bytes(self.work / shards.GENES, table)
@@ -85,6 +88,8 @@ def open_job(
         ValueError: nothing to pack, slides missing, a folder that is no shard set, or a set to append to that is none.
     """
     options = options or Options()
+    if not store_dir.is_dir():
+        raise ValueError(f"{store_dir}: no such folder; name the one that data_prep.build wrote to")
     _check_out(out)
     if out.resolve() in {folder.resolve() for folder in options.append}:
         raise ValueError(f"{out}: is a set that is appended to, which stays as it is; name a new folder")
@@ -92,10 +97,9 @@ def open_job(
     left_out = found_by.missing(store_dir, rows)
     if left_out and not options.allow_missing:
         found_by.check_missing(store_dir, left_out)
-    if left_out:
-        print(f"{len(left_out)} slides are missing and left out: {found_by.named(list(left_out))}")
     listed, held = found_by.listed(store_dir, left_out), found_by.held(options.append)
-    return Job(store_dir, out, config, options, listed, held, describe.fingerprint(listed, held, config))
+    name = describe.fingerprint(listed, held, config, len(left_out))
+    return Job(store_dir, out, config, options, listed, held, left_out, name)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ def pack(
         ValueError: naming file, fact and cure; an older shard set at `out` is then left as it was.
     """
     job = open_job(store_dir, out, config, options, rows)
+    if job.left_out:
+        print(found_by.told(job.left_out))
     if job.is_current():
         print(f"{out}: current, nothing to do")
         finish.clear(out)
@@ -232,6 +238,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _part(args: argparse.Namespace, job: Job) -> int:
     """Run one part of the work."""
+    if job.left_out and args.task is None:  # once, not in the log of every task
+        print(found_by.told(job.left_out))
     if job.is_current():
         print(f"{job.out}: current, nothing to do")
         return 0

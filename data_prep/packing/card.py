@@ -17,7 +17,7 @@ px at {tile_mpp:g} um/px, and the profiles (spots, bins, cells) on them with the
 
 {split_table}
 
-{split_by}
+{split_by}{left_out}
 
 {organs}
 
@@ -39,10 +39,7 @@ of every study in them; "not stated" grants nothing. Sorted by their words alone
 
 ## How it was made
 
-`python -m data_prep.pack`, schema version {schema_version}; the same stores and config give the same bytes. Where the
-config is not the default, it says so:
-
-{config}
+`python -m data_prep.pack`, schema version {schema_version}; the same stores and config give the same bytes. {config}
 
 ## How to read it
 
@@ -106,6 +103,20 @@ def _terms(licenses: dict[str, dict[str, Any]]) -> tuple[str, str]:
     return _RANKS[ranked[0][0]][0], table(columns, rows)
 
 
+def _left_out(counts: dict[str, int]) -> str:
+    """How many slides are not in the set, and why; '' where all are."""
+    kinds = (("missing", "not built, failed or damaged"), ("without_profiles", "images without measured profiles"))
+    parts = [f"{counts[key]:,} {text}" for key, text in kinds if counts[key]]
+    return f"\n\nSlides of the corpus that were left out: {', '.join(parts)}." if parts else ""
+
+
+def _config(changed: dict[str, Any]) -> str:
+    if not changed:
+        return "The config is the default."
+    rows = [[clean(key), clean(value)] for key, value in sorted(changed.items())]
+    return f"Where the config is not the default:\n\n{table(['key', 'value'], rows)}"
+
+
 def dataset_card(manifest: dict[str, Any], genes: int, defaults: dict[str, Any]) -> str:
     """The card of a shard set.
 
@@ -132,5 +143,5 @@ def dataset_card(manifest: dict[str, Any], genes: int, defaults: dict[str, Any])
         gene_hash=manifest["gene_hash"][:16], panels=len(manifest["panels"]),
         appended=appended if manifest["appended_to"] else "", strictest=strictest, terms=terms,
         schema_version=manifest["schema_version"],
-        config=table(["key", "value"], [[clean(k), clean(v)] for k, v in sorted(changed.items())]),
+        config=_config(changed), left_out=_left_out(manifest["left_out"]),
     )  # fmt: skip

@@ -39,22 +39,24 @@ def prep(config: PrepConfig) -> dict[str, Any]:
     return values
 
 
-def fingerprint(sources: Sequence[Source], held: Held, config: PrepConfig) -> str:
-    """A hash of all that a shard set is a function of."""
+def fingerprint(sources: Sequence[Source], held: Held, config: PrepConfig, missing: int) -> str:
+    """A hash of all that a shard set is a function of; it tells how many slides were `missing`."""
     facts = {
         "stores": {source.slide_id: source.sha256 for source in sources}, "prep": prep(config),
         "schema_version": schema.SCHEMA_VERSION, "appended_to": held.manifests,
+        "missing": missing,
     }  # fmt: skip
     return files.sha256_of(files.dump_json(facts))
 
 
 def make(
-    name: str, sources: Sequence[Source], held: Held, config: PrepConfig, options: Options
+    name: str, sources: Sequence[Source], held: Held, config: PrepConfig, options: Options, missing: int
 ) -> tuple[Plan, bytes, list[str]]:
     """The plan, the gene table's bytes, and what the user should know.
 
     Args:
         name: the plan's fingerprint.
+        missing: number of slides that there should be and that have no store.
 
     Raises:
         ValueError: naming fact and cure, where the stores cannot be one set.
@@ -78,6 +80,7 @@ def make(
     notes = _notes(scanned, held)
     table = found.table.to_tsv()
     manifest = _describe(taken, split_of, found, config, held) | {"genes_sha256": files.sha256_of(table)}
+    manifest["left_out"] = {"missing": missing, "without_profiles": len(new) - len(taken)}
     manifest["reference"] = held.reference or _reference(train, found)
     return Plan(
         name, planning.pools(taken, split_of, config), {one.source.slide_id: list(one.bytes) for one in taken},

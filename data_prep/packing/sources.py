@@ -54,8 +54,10 @@ def missing(store_dir: Path, rows: Sequence[ManifestRow]) -> dict[str, str]:
     for record in records.every(store_dir):
         if record.state == "failed":
             found[record.slide_id] = f"failed: {record.reason}"
+        elif not store.store_path(store_dir, record.slide_id).is_file():
+            found[record.slide_id] = "its store is gone"
         elif not records.is_complete(store_dir, record):
-            found[record.slide_id] = "its store is not there as it was built"
+            found[record.slide_id] = "its store is damaged: not of the size that was built"
     if rows:
         asked = dict.fromkeys((row.slide_id for row in rows), _NOT_BUILT)
     else:
@@ -80,6 +82,13 @@ def listed(store_dir: Path, left_out: dict[str, str]) -> list[Source]:
             record = records.read(store_dir, slide_id)
             found.append(Source(slide_id, path, record.sha256 if record else files.sha256_file(path)))
     return found
+
+
+def told(left_out: dict[str, str]) -> str:
+    """Every slide that a set is packed without, with its reason."""
+    return "\n".join(
+        [f"{len(left_out)} slides are missing and left out:", *(f"  {name}: {why}" for name, why in left_out.items())]
+    )
 
 
 def check_missing(store_dir: Path, left_out: dict[str, str]) -> None:

@@ -260,7 +260,7 @@ def test_wrong_tiles_no_training_slide_and_failures(tmp_path: Path, capsys: pyte
     assert "tiles of 112 px at 1.0 um, the config says 224 px" in capsys.readouterr().err
     assert pack.main([*words, "--config", str(PREP_TINY)]) == 2
     assert "no slide with profiles is in split train" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="holds no slide store"):
+    with pytest.raises(ValueError, match="nowhere: no such folder; name the one that"):
         pack.pack(tmp_path / "nowhere", tmp_path / "out", CONFIG)
 
 
@@ -278,11 +278,25 @@ def test_missing_slides_are_refused_unless_told(tmp_path: Path, capsys: pytest.C
     words += ["--manifest", str(tmp_path / "manifest.csv")]
     assert pack.main(words) == 2
     told = capsys.readouterr().err
-    assert "3 slides are missing: c (failed: c.tif: its slide is damaged; restore it), d (its store is not" in told
+    assert (
+        "3 slides are missing: c (failed: c.tif: its slide is damaged; restore it), d (its store is damaged: not of"
+        in told
+    )
     assert "e (not built); build them, or pack without them by --allow-missing" in told
     assert pack.main([*words, "--allow-missing"]) == 0
-    assert "3 slides are missing and left out: c, d, e" in capsys.readouterr().out
-    assert set(shards.ShardSet(tmp_path / "out").manifest["slides"]) == {"a", "b"}
+    assert capsys.readouterr().out.startswith(
+        "3 slides are missing and left out:\n  c: failed: c.tif: its slide is damaged; restore it\n"
+        "  d: its store is damaged: not of the size that was built\n  e: not built\n"
+    )
+    manifest = shards.ShardSet(tmp_path / "out").manifest
+    assert set(manifest["slides"]) == {"a", "b"}
+    assert manifest["left_out"] == {"missing": 3, "without_profiles": 0}
+    store.store_path(stores, "d").unlink()
+    assert pack.main([*words, "--allow-missing", "--task", "0", "--tasks", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "current, nothing to do" in told and "left out" not in told  # the log of --plan has it
+    assert pack.main([*words, "--allow-missing", "--plan"]) == 0
+    assert "\n  d: its store is gone\n" in capsys.readouterr().out
 
 
 def test_slides_without_an_image_are_packed(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import pack
+from data_prep import pack, records
 from data_prep.packing.card import strictness
+from data_prep.packing.manifest import Options
 from storm import files, shards
+from storm.config import PrepConfig
 from tests.data_prep.test_pack import CONFIG, info, write_store
 
 
@@ -23,6 +25,7 @@ def test_the_card_counts_and_names_nobody(tmp_path: Path) -> None:
     out = folder / "out"
     pack.pack(folder / "stores", out, CONFIG)
     text = (out / shards.CARD).read_text()
+    assert "left out" not in text
     for word in [*donors, "donor_one", "donor_two", "section_0", "secret_place", str(tmp_path)]:
         assert word not in text
     assert "2 slides, 41 profiles" in text
@@ -47,6 +50,31 @@ def test_markdown_in_names_is_text(tmp_path: Path) -> None:
     assert "[x](" not in text
     assert "\n# head" not in text
     assert "&lt;script&gt;" in text
+
+
+def test_the_card_counts_what_was_left_out(tmp_path: Path) -> None:
+    write_store(tmp_path / "stores", info("a", "d1"), 20)
+    write_store(tmp_path / "stores", info("picture", "d2"), 0, tiles=5)
+    for name in ("broken", "cut"):
+        records.write(tmp_path / "stores", records.Record(name, "failed", "its slide is damaged; restore it"))
+    manifest = pack.pack(tmp_path / "stores", tmp_path / "out", CONFIG, Options(allow_missing=True))
+    assert manifest["left_out"] == {"missing": 2, "without_profiles": 1}
+    text = (tmp_path / "out" / shards.CARD).read_text()
+    told = (
+        "Slides of the corpus that were left out: 2 not built, failed or damaged, 1 images without measured profiles."
+    )
+    assert told in text
+    assert not any(name in text for name in ("picture", "broken", "cut"))
+
+
+def test_a_default_config_has_no_table(tmp_path: Path) -> None:
+    config = PrepConfig()
+    own = dataclasses.replace(info("a", "d1"), tile_px=config.tile_px, tile_mpp=config.tile_mpp)
+    write_store(tmp_path / "stores", own, 40)
+    pack.pack(tmp_path / "stores", tmp_path / "out", config)
+    text = (tmp_path / "out" / shards.CARD).read_text()
+    assert "The config is the default." in text
+    assert "| key | value |" not in text
 
 
 @pytest.mark.parametrize(
