@@ -29,6 +29,7 @@ class Verdict:
     bytes: int
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # no faults, but worth knowing
+    told: int = 0  # of the faults, the first so many have been shown
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,13 @@ def _died(item: tuple[int, int, Any], reason: str) -> tuple[int, int, Any]:
 
 
 def _all(
-    items: Sequence[tuple[int, Any]], work: Callable[[Any], Any], faults_of: Callable[[Any], list[str]], processes: int
-) -> list[Any]:
-    """What `work` finds in each of some (bytes, item), faults shown as they come; a text where a process died."""
+    kind: str,
+    items: Sequence[tuple[int, Any]],
+    work: Callable[[Any], Any],
+    faults_of: Callable[[Any], list[str]],
+    processes: int,
+) -> tuple[Verdict, list[Any]]:
+    """The verdict on some (bytes, item), their faults shown as they come, and what `work` found where it ended."""
     numbered = [(number, size, item) for number, (size, item) in enumerate(items)]
     found: dict[int, Any] = {}
     with progress.Progress(sum(size for size, _ in items), "B", scaled=True) as shown:
@@ -57,15 +62,16 @@ def _all(
             found[number] = answer
             faults = [answer] if isinstance(answer, str) else faults_of(answer)
             shown.step("\n".join(faults), size)
-    return [found[number] for number in range(len(items))]
+    answers = [found[number] for number in range(len(items))]
+    faults = [fault for one in answers for fault in ([one] if isinstance(one, str) else faults_of(one))]
+    verdict = Verdict(kind, len(items), sum(size for size, _ in items), faults, told=len(faults))
+    return verdict, [one for one in answers if not isinstance(one, str)]
 
 
 def verify_stores(paths: Sequence[Path], processes: int = 1) -> Verdict:
     """Read stores again."""
     items = [(path.stat().st_size, path) for path in paths]
-    found = _all(items, check_store.check_store, lambda faults: faults, processes)
-    faults = [fault for own in found for fault in ([own] if isinstance(own, str) else own)]
-    return Verdict("stores", len(items), sum(size for size, _ in items), faults)
+    return _all("stores", items, check_store.check_store, lambda faults: faults, processes)[0]
 
 
 def verify_folder(folder: Path, processes: int = 1) -> Verdict:
@@ -84,26 +90,23 @@ def verify_shards(folder: Path, processes: int = 1) -> Verdict:
         ValueError: it does not open (see storm.shards.ShardSet).
     """
     opened = shards.ShardSet(folder)
-    verdict, items = Verdict("shards", 0, 0), []
+    unread, items = list[str](), []
     for split, entry in opened.manifest["splits"].items():
         try:
             opened.index(split)
         except ValueError as error:
-            verdict.faults.append(str(error))
+            unread.append(str(error))
             continue
         items += [(shard["bytes"], (split, number)) for number, shard in enumerate(entry["shards"])]
     work = check_shards.CheckShard(folder, opened.manifest)
-    found = _all(items, work, lambda checked: checked.faults, processes)
-    read = [one for one in found if not isinstance(one, str)]
-    verdict.faults += [one for one in found if isinstance(one, str)]
-    verdict.faults += [fault for one in read for fault in one.faults]
+    verdict, read = _all("shards", items, work, lambda checked: checked.faults, processes)
+    verdict.faults += unread
     if not verdict.faults:  # else what is missing has been told
         verdict.faults += check_shards.check_profiles(opened.manifest, read)
     strangers = {p.name for p in folder.iterdir()} - {shards.MANIFEST, shards.GENES, shards.CARD}
     strangers -= set(opened.manifest["splits"])
     verdict.notes += [f"{name}: is no part of the set" for name in sorted(strangers)]
     verdict.notes += [f"{path.name}: a pack of this set that did not end" for path in unfinished(folder)]
-    verdict.items, verdict.bytes = len(items), sum(size for size, _ in items)
     return verdict
 
 
@@ -140,9 +143,8 @@ def _run(path: Path, processes: int) -> int:
     seconds = time.perf_counter() - start
     for note in verdict.notes:
         print(f"note: {note}")
-    if verdict.faults:
-        print(f"{len(verdict.faults)} faults:")
-        print("\n".join(f"  {fault}" for fault in verdict.faults))
+    for fault in verdict.faults[verdict.told :]:
+        print(fault)
     speed = progress.size(verdict.bytes / max(seconds, 1e-3))
     row = [verdict.kind, verdict.items, progress.size(verdict.bytes), progress.clock(seconds), f"{speed}/s"]
     print(progress.table(["read", "files", "size", "time", "speed", "faults"], [[*row, len(verdict.faults)]]))

@@ -148,6 +148,21 @@ def test_stores_and_records_belong_together(stores: Path) -> None:
     ]
 
 
+def test_each_fault_is_told_once(stores: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, _ = store.paths(stores)
+    a.write_bytes(b"plain text")
+    b.unlink()
+    tar_of(packed).unlink()
+    (packed / "test" / shards.INDEX).write_bytes(b"x")
+    for folder, count in ((stores, 3), (packed, 2)):
+        faults = verify.verify(folder).faults
+        capsys.readouterr()
+        assert verify.main([str(folder)]) == 1
+        told = capsys.readouterr().out
+        assert [told.count(fault) for fault in faults] == [1] * count
+        assert told.splitlines()[-1].split()[-1] == str(count)
+
+
 def test_a_store_of_another_build_than_its_record(stores: Path) -> None:
     a, b, _ = store.paths(stores)
     shutil.copy(b, a)
