@@ -2,7 +2,8 @@
 #
 #   storm_python WORDS...         python in the environment of env.sh
 #   storm_tasks MODULE WORDS...   the module once for each task of this array element, with --task K; its exit code is
-#                                 the highest of theirs. Without an array: once, with the words alone.
+#                                 the highest of theirs. After a 2, words or input that are refused, there is no next
+#                                 one. Without an array: once, with the words alone.
 #
 # An element has STORM_PER_ELEMENT tasks (1 unless slurm/submit says more) of STORM_TASKS in all.
 
@@ -28,6 +29,7 @@ storm_tasks() {
     printf '== %s: task %d on %s, start %d\n' "$1" "$task" "$(uname -n)" "$((${SLURM_RESTART_COUNT:-0} + 1))"
     storm_python -m "$@" --task "$task" && code=0 || code=$?
     [ "$code" -le "$worst" ] || worst=$code
+    [ "$code" -ne 2 ] || break # words or input are refused: the next task would say the same
   done
   return "$worst"
 }

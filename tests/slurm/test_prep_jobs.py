@@ -232,6 +232,14 @@ def test_a_dependency_on_no_job_is_dropped(cluster: Cluster, tmp_path: Path) -> 
         cluster.tell("scancel", job, after)
 
 
+def test_a_refusal_is_once_in_the_log_of_an_element(cluster: Cluster, tmp_path: Path) -> None:
+    words = ("--", "--store", tmp_path / "nowhere", "--out", tmp_path / "out", "--tasks", str(2 * MAX_ARRAY))
+    job = submitted(cluster, tmp_path, "pack.sbatch", CPU, "--array=0", *words)
+    assert cluster.waited(job) == {"0": "FAILED:2"}
+    log = (tmp_path / "logs" / f"storm-pack_{job}_0.out").read_text()
+    assert log.count("nowhere: no such folder; name the one that data_prep.build wrote to") == 1
+
+
 def test_submit_tells_what_is_wrong(cluster: Cluster, tmp_path: Path, root: Path) -> None:
     def said(*words: object, **env: str) -> str:
         done = cluster.run(root / "slurm" / "submit", *words, cwd=tmp_path, **env)
