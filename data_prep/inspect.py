@@ -24,6 +24,7 @@ from storm import files, genes, schema, shards, store
 from storm.commands import guarded
 
 _FIRST = 5  # profiles, genes and groups that are shown
+_TAKES = f"give a store (<slide_id>{store.SUFFIX}), a folder of stores, a shard set, or a shard of it (.tar)"
 _LONG = 90  # characters of a figure; what is longer is for programs
 
 
@@ -34,7 +35,16 @@ def _plain(value: object) -> str:
 
 def _rows(pairs: Sequence[tuple[str, object]]) -> list[str]:
     width = max(len(name) for name, _ in pairs)
-    return [f"  {name.ljust(width)}  {_plain(value)}" for name, value in pairs]
+    return [f"  {name.ljust(width)}  {_plain(_short(value))}" for name, value in pairs]
+
+
+def _short(value: object) -> object:
+    """A value whose fractions are rounded to what a person reads, also those in a list."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    if isinstance(value, list):
+        return f"[{', '.join(str(_short(part)) for part in value)}]"
+    return value
 
 
 def _spread(values: npt.NDArray) -> str:
@@ -42,7 +52,7 @@ def _spread(values: npt.NDArray) -> str:
     if not len(values):
         return "none"
     low, middle, high = np.quantile(values.astype(np.float64), [0, 0.5, 1])
-    return f"{low:.6g} .. {middle:.6g} .. {high:.6g}"
+    return " .. ".join(str(_short(float(value))) for value in (low, middle, high))
 
 
 def _facts(facts: dict[str, Any], name: str = "") -> Iterator[tuple[str, object]]:
@@ -73,14 +83,20 @@ def _genes(table: genes.GeneTable | None, totals: npt.NDArray[np.int64]) -> str:
     )
 
 
+def _platform(info: store.SlideInfo) -> str:
+    """What measured a slide; in words where nothing did."""
+    return "image alone" if info.platform == "unknown" and info.image else info.platform
+
+
 def store_text(path: Path) -> list[str]:
     """A slide store."""
     opened = store.SlideStore(path)
     info, quality, record = opened.info, opened.quality(), records.read(path.parent, opened.info.slide_id)
     places, table = opened.places(), opened.genes()
     own = {f.name: getattr(info, f.name) for f in dataclasses.fields(info) if f.name not in ("facts", "alignment")}
+    own["platform"] = _platform(info)
     lines = [f"{path.name}: slide store, {progress.size(path.stat().st_size)}", *_rows(list(own.items()))]
-    lines += ["alignment (measurement -> level-0 px)", *(f"  {_plain(row)}" for row in info.alignment)]
+    lines += ["alignment (measurement -> level-0 px)", *(f"  {_short(row)}" for row in info.alignment)]
     lines += ["figures", *_rows(list(_facts(info.facts)))] if info.facts else []
     lines += ["notes", *(f"  {_plain(note)}" for note in info.facts.get("notes", []))]
     lines.append(f"tiles: {len(opened)}")
@@ -114,7 +130,7 @@ def folder_text(folder: Path) -> list[str]:
             continue
         counts = [info.facts.get(name, 0) for name in ("tiles", "profiles")]
         notes = len(info.facts.get("notes", []))
-        rows.append([info.slide_id, info.platform, _plain(info.organ), info.split or "-", *counts, notes, size])
+        rows.append([info.slide_id, _platform(info), _plain(info.organ), info.split or "-", *counts, notes, size])
     header = ["slide", "platform", "organ", "split", "tiles", "profiles", "notes", "size"]
     failed = records.failures(folder)
     return [
@@ -160,6 +176,8 @@ def _samples(tar: Path) -> Iterator[tuple[str, int, int]]:
             header = handle.read(512)
             if header == bytes(512):
                 break
+            if at == 0 and header[257:262] != b"ustar":
+                raise ValueError(f"{tar}: is no slide store and no shard; {_TAKES}")
             if len(header) < 512 or header[257:262] != b"ustar":
                 raise ValueError(f"{tar}: is no tar at byte {at}; restore it or pack again")
             own = header[:100].rstrip(b"\0").decode(errors="replace").partition(".")[0]
@@ -249,6 +267,12 @@ def text(path: Path, key: str = "") -> list[str]:
     Raises:
         ValueError: it is nothing of the corpus, or damaged.
     """
+    lines = _text(path, key)
+    spread = any(line.count(" .. ") > 1 for line in lines)
+    return [*lines, *(["a .. b .. c: the smallest, the median, the largest"] if spread else [])]
+
+
+def _text(path: Path, key: str) -> list[str]:
     try:
         if key:
             return sample_text(path, key)
@@ -262,7 +286,9 @@ def text(path: Path, key: str = "") -> list[str]:
         raise
     except READ_ERRORS as error:
         raise ValueError(f"{path}: does not read ({type(error).__name__}: {_plain(error)}); restore it") from error
-    raise ValueError(f"{path}: is no slide store, no folder of them, no shard set and no shard; name one")
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; {_TAKES}")
+    raise ValueError(f"{path}: is no slide store, no folder of them, no shard set and no shard; {_TAKES}")
 
 
 def main(words: Sequence[str] | None = None) -> int:

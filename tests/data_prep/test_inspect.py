@@ -138,6 +138,25 @@ def test_what_others_wrote_cannot_command_a_terminal(tmp_path: Path) -> None:
 
 
 def test_other_paths_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in (tmp_path, tmp_path / "nowhere"):
+    for path, fact in ((tmp_path, "is no slide store, no folder of them"), (tmp_path / "nowhere", "no such file")):
         assert inspect.main([str(path)]) == 2
-        assert "is no slide store, no folder of them, no shard set and no shard" in capsys.readouterr().err
+        assert fact in capsys.readouterr().err
+
+
+def test_an_image_alone_is_called_so_and_numbers_are_short(built: Callable[..., tuple[int, Path]]) -> None:
+    _, folder = built()
+    text = told(folder / "i.zarr.zip")
+    (platform,) = [line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith("  platform ")]
+    assert platform == "image alone"
+    assert "a .. b .. c: the smallest, the median, the largest" in text
+    assert "image alone" in next(line for line in told(folder).splitlines() if line.startswith("i "))
+    assert inspect._short(0.123456789) == "0.1235" and inspect._short(25321.7) == "25322"
+    assert inspect._short([1.0, 0.33333333]) == "[1, 0.3333]"
+    assert "smallest" not in told(folder)
+
+
+def test_what_it_takes_is_told(tmp_path: Path) -> None:
+    (tmp_path / "he.tif").write_bytes(b"II*\0" + bytes(600))
+    for name, fact in (("he.tif", "is no slide store and no shard"), ("absent", "no such file or folder")):
+        with pytest.raises(ValueError, match=rf"{fact}; give a store \(<slide_id>\.zarr\.zip\), a folder of stores"):
+            inspect.text(tmp_path / name)

@@ -60,6 +60,16 @@ def test_built_failed_and_missing_slides_are_told(built: Built, corpus: Path, tm
     assert html.count("<svg") == 4 + 2 + 2 * 4 + 2  # per platform, per slide
 
 
+def test_the_check_of_the_alignment_frightens_only_with_a_reason(built: Built, tmp_path: Path) -> None:
+    _, folder = built()
+    page = report.render(folder).decode()
+    assert "counts per profile (log axis)" in page and "tissue per tile (log" not in page
+    checked = store.SlideStore(folder / "v.zarr.zip").info.facts["alignment_check"]
+    assert checked["checked"] and not checked["note"]
+    assert f"fit r {checked['r']:.2f} <small>no better shift found</small>" in page
+    assert "quarters" not in page
+
+
 def test_the_page_is_reproducible_and_tells_no_path(built: Built, corpus: Path, tmp_path: Path) -> None:
     folder, manifest = mixed(built, corpus)
     html = page(folder, tmp_path, "--manifest", str(manifest))
