@@ -21,7 +21,7 @@ from storm import files
 
 COLUMNS = (
     "slide_id", "image", "measurement", "platform", "format", "spots", "alignment", "donor", "study", "organ",
-    "species", "mpp", "split", "license",
+    "species", "mpp", "space_um", "split", "license",
 )  # fmt: skip
 _MOST_NAMES = 20  # slides that a line names
 _MIN_MPX = 2.0  # a smaller JPEG or PNG is a thumbnail: 1.5 x 1.5 mm at 1 um/px
@@ -132,6 +132,7 @@ def _pair(content: Content, root: Path, result: Draft) -> None:
                 found.paths["spots"] = best[0]  # the likeliest kind of table comes first
             else:
                 found.notes.append("no table of spots is tied to it by its name; give it in the column spots")
+    _tie_above(content, root)
     claims = {id(f): _best(f, content.images, root) for f in content.measurements if f.image is None}
     single = [f for f in content.measurements if f.image is None]
     if len(single) == 1 and len(content.images) == 1 and not claims[id(single[0])]:
@@ -150,6 +151,29 @@ def _pair(content: Content, root: Path, result: Draft) -> None:
     taken = [f.image for f in content.measurements if f.image]
     open_images = {path for paths in claims.values() for path in paths} - set(taken)
     content.images = [path for path in content.images if path not in open_images]
+
+
+def _tie_above(content: Content, root: Path) -> None:
+    """Give a Xenium bundle the only H&E and the only alignment that the vendor named and somebody put beside it."""
+    bundles = [found for found in content.measurements if found.platform == "xenium"]
+    above = Counter(found.home.parent for found in bundles)
+    for found in bundles:
+        folder = found.home.parent
+        if above[folder] > 1 or found.home == root or not folder.is_relative_to(root):
+            continue
+        images = [path for path in content.images if path.parent == folder and "he_image" in path.name]
+        if found.image is None and len(images) == 1:
+            found.image = images[0]
+        tables = sorted(path for path in folder.glob("*alignment.csv") if path.is_file())
+        if found.image is None or "alignment" in found.paths or not tables:
+            continue
+        names = ", ".join(_name(path, root) for path in tables)
+        found.notes = [note for note in found.notes if not note.startswith("no file tells where")]
+        if len(tables) == 1:
+            found.paths["alignment"] = tables[0]
+            found.notes.append(f"{names} lies beside it and is taken for its alignment")
+        else:
+            found.notes.append(f"name the one of its image in the column alignment: {names}")
 
 
 def _row(found: Found, base: Path) -> dict[str, str]:

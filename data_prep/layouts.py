@@ -17,6 +17,7 @@ from typing import Any
 
 import h5py
 
+from data_prep.platforms import VENDORS, Source, cosmx
 from storm import files, genes
 
 _MATRIX = re.compile(r"(.+_)?(filtered|raw)_feature_bc_matrix(\.h5)?")
@@ -197,6 +198,15 @@ def _cosmx(folder: Path, names: set[str]) -> Found | None:
     header = _lines(folder / tables[0][0], 1)
     cells = _species(header[0].replace('"', "").split(",")[2:]) if header else {}
     found = Found(tables[0]["id"] or _own_name(folder), "cosmx", folder, folder, cells=cells)
+    try:
+        frame = cosmx.frame(Source("cosmx", folder))
+        if frame:
+            cells["space_um"] = f"{frame.space_um:g}"
+    except (OSError, EOFError, zlib.error, ValueError):
+        found.notes.append(
+            "its files do not tell the size of a pixel; give um per pixel in the column space_um (0.12028 on "
+            "commercial instruments, 0.18 on the first prototypes)"
+        )
     found.notes.append("CosMx brings no H&E; give image and alignment, or leave both blank for expression alone")
     return found
 
@@ -220,7 +230,9 @@ def _hest(folder: Path, names: set[str]) -> Iterator[Found]:
 
 
 def _h5ad(path: Path) -> Found:
-    return Found(path.stem, "", path, path.parent / path.stem, cells={"format": "h5ad", **_species(_h5_names(path))})
+    found = Found(path.stem, "", path, path.parent / path.stem, cells={"format": "h5ad", **_species(_h5_names(path))})
+    found.notes.append(f"write what measured it in the column platform: {', '.join(VENDORS)}")
+    return found
 
 
 def _cells(line: str, path: Path) -> list[str]:

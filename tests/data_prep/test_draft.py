@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from data_prep import draft, manifest
+from data_prep.synthetic.cells import draw_cells
+from data_prep.synthetic.cosmx import CONTROLS, PIXEL_UM, write_cosmx
+from storm import genes
 from tests.data_prep.vendors import tissue, write_st, write_tiff, write_visium
 
 GENES = ["TP53", "EGFR", "ERBB2", "MKI67", "CD3E", "CD4", "CD8A", "MS4A1", "EPCAM", "VIM", "ACTB"]
@@ -202,3 +205,38 @@ def test_what_cannot_be_read_does_not_stop_the_rest(tmp_path: Path, capsys: pyte
     rows = rows_of(folder / "manifest.csv")
     assert sorted(rows) == ["a", "deep", "far", "odd"]
     assert rows["far"]["image"] == str(elsewhere / "far.tif")
+
+
+def test_an_he_and_its_alignment_beside_a_xenium_bundle(tmp_path: Path) -> None:
+    bundle = tmp_path / "s" / "outs"
+    bundle.mkdir(parents=True)
+    (bundle / "experiment.xenium").write_text("{}")
+    write_tiff(tmp_path / "s_he_image.ome.tif", tissue(64, 64))
+    write_tiff(tmp_path / "other.tif", tissue(64, 64))
+    (tmp_path / "s_he_imagealignment.csv").write_text("1,0,0\n0,1,0\n0,0,1\n")
+    found = draft.draft(tmp_path, tmp_path)
+    row = next(row for row in found.rows if row["platform"] == "xenium")
+    assert (row["image"], row["alignment"]) == ("s_he_image.ome.tif", "s_he_imagealignment.csv")
+    assert found.notes == ["s/outs: s_he_imagealignment.csv lies beside it and is taken for its alignment"]
+    (tmp_path / "t_alignment.csv").touch()
+    found = draft.draft(tmp_path, tmp_path)
+    assert "alignment" not in next(row for row in found.rows if row["platform"] == "xenium")
+    assert "name the one of its image in the column alignment: s_he_imagealignment.csv, t_al" in found.notes[0]
+
+
+def test_the_pixel_of_cosmx_and_the_platform_of_an_h5ad(tmp_path: Path) -> None:
+    known = genes.shipped("human")
+    drawn = draw_cells(400, list(known.ids[:20]), list(known.symbols[:20]), CONTROLS["1.3.2"], 0, genes_per_cell=4)
+    write_cosmx(tmp_path / "flat", drawn, "1.3.2")
+    with h5py.File(tmp_path / "a.h5ad", "w"):
+        pass
+    assert init(tmp_path) == 0
+    rows = rows_of(tmp_path / "manifest.csv")
+    (flat,) = [row for row in rows.values() if row.get("platform") == "cosmx"]
+    assert float(flat["space_um"]) == pytest.approx(PIXEL_UM)
+    found = draft.draft(tmp_path, tmp_path)
+    assert "a.h5ad: write what measured it in the column platform: st, visium, visium_hd, xenium, cosmx" in found.notes
+    (positions,) = (tmp_path / "flat").glob("*fov_positions*")
+    positions.unlink()
+    (note,) = [note for note in draft.draft(tmp_path, tmp_path).notes if "space_um" in note]
+    assert "flat: its files do not tell the size of a pixel" in note
