@@ -82,7 +82,8 @@ def attempt(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | 
     try:
         record, new = _made(row, folder, config, scratch)
     except INPUT_ERRORS as error:
-        record, new = _failed(row, folder, config, str(error) or type(error).__name__), False
+        text = explain(error) if isinstance(error, OSError) else str(error)
+        record, new = _failed(row, folder, config, text or type(error).__name__), False
     except Exception as error:  # noqa: BLE001  one slide must not stop the others, whatever it meets
         traceback.print_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]

@@ -76,17 +76,6 @@ class Content:
     )  # no files (broken links, pipes), not readable, or named in no UTF-8
 
 
-def species_of(names: Sequence[str]) -> str:
-    """human or mouse where the names are clearly those of one; else blank."""
-    bare = {name.partition(".")[0] if name.startswith("ENS") else name for name in names[:_NAMES]}
-    shares = {}
-    for species in ("human", "mouse"):
-        table = genes.shipped(species)
-        shares[species] = len(bare & {*table.ids, *table.symbols}) / max(1, len(bare))
-    (best, share), (_, other) = sorted(shares.items(), key=lambda item: -item[1])
-    return best if share >= 0.5 and share > 4 * other else ""
-
-
 def _lines(path: Path, count: int) -> list[str]:
     """The first lines of a text, gzipped or not; none where it is no text."""
     opener = gzip.open if path.suffix == ".gz" else open
@@ -121,7 +110,7 @@ def _matrix_names(path: Path) -> list[str]:
 
 
 def _species(names: Sequence[str]) -> dict[str, str]:
-    species = species_of(names) if names else ""
+    species = genes.species_of(names[:_NAMES]) if names else ""
     return {"species": species} if species else {}
 
 

@@ -84,11 +84,16 @@ def to_mask(polygons: list[Polygon], px_px0: float, shape: tuple[int, int]) -> M
     """[H, W] the mask over an overview that the polygons draw."""
     drawn = np.zeros(shape, np.uint8)
     for polygon in polygons:
-        own = np.zeros(shape, np.uint8)
         # The middle of px 0 is the drawing's 0, and lies half a px from the slide's corner.
-        rings = [np.rint((ring / px_px0 - 0.5) * (1 << _FRACTION)).astype(np.int32) for ring in polygon]
-        cv2.fillPoly(own, rings, 1, lineType=cv2.LINE_8, shift=_FRACTION)
-        drawn |= own
+        places = [ring / px_px0 - 0.5 for ring in polygon]
+        low = np.clip(np.floor(np.min([at.min(axis=0) for at in places], axis=0)) - 1, 0, shape[::-1]).astype(int)
+        high = np.clip(np.ceil(np.max([at.max(axis=0) for at in places], axis=0)) + 2, 0, shape[::-1]).astype(int)
+        part = drawn[low[1] : high[1], low[0] : high[0]]  # alone: there may be very many small ones
+        if part.size:
+            own = np.zeros(part.shape, np.uint8)
+            rings = [np.rint((at - low) * (1 << _FRACTION)).astype(np.int32) for at in places]
+            cv2.fillPoly(own, rings, 1, lineType=cv2.LINE_8, shift=_FRACTION)
+            part |= own
     return drawn > 0
 
 

@@ -147,6 +147,7 @@ def _gene_map(
     aliases = genes.read_aliases(Path(config.aliases)) if config.aliases else None
     names, symbols = ([texts[c] for c in is_gene] for texts in (measured.names, measured.symbols))
     found = genes.map_columns(names, symbols, row.species, aliases)
+    _check_species(row, names, symbols, found)
     if not len(found.table):
         raise ValueError(f"{row.measurement}: all {len(is_gene)} columns are technical controls; give the "
                          "counts of genes")  # fmt: skip
@@ -158,6 +159,15 @@ def _gene_map(
     column = np.full(len(measured.names), -1, np.int64)
     column[is_gene] = found.column
     return column, _shown(found.table, row.species), found.mapped_share
+
+
+def _check_species(row: ManifestRow, names: list[str], symbols: list[str], found: genes.GeneMap) -> None:
+    """Raises ValueError where the genes are those of another species: most symbols of one are names of the other too,
+    and an Ensembl id is believed as it is. Mouse genes in capitals still map better to mouse."""
+    told = genes.species_of(names) or genes.species_of(symbols)
+    if told and told != row.species and genes.map_columns(names, symbols, told).mapped_share >= found.mapped_share:
+        raise ValueError(f"{row.measurement}: its genes are named as those of {told}, the manifest says {row.species}; "
+                         f"write species {told}")  # fmt: skip
 
 
 def _shown(table: genes.GeneTable, species: str) -> genes.GeneTable:

@@ -17,7 +17,9 @@ Answer = TypeVar("Answer")
 
 def _child(work: Callable[[Item], Answer], item: Item, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it ends its children
-    sender.send(work(item))
+    answer = work(item)
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone; what was made stays
+        sender.send(answer)
 
 
 def run(

@@ -8,6 +8,7 @@ import functools
 import gzip
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -136,6 +137,17 @@ def canonical(name: str, species: str, aliases: dict[str, str] | None = None) ->
         if candidate in symbols:
             return symbols[candidate]
     return f"symbol:{name}"
+
+
+def species_of(names: Sequence[str]) -> str:
+    """human or mouse where ids or symbols, as they are written, are clearly those of one; else blank."""
+    bare = {name.partition(".")[0] if name.startswith("ENS") else name for name in names}
+    shares = {}
+    for species in ("human", "mouse"):
+        table = shipped(species)
+        shares[species] = len(bare & {*table.ids, *table.symbols}) / max(1, len(bare))
+    (best, share), (_, other) = sorted(shares.items(), key=lambda item: -item[1])
+    return best if share >= 0.5 and share > 4 * other else ""
 
 
 @dataclass(frozen=True)

@@ -108,3 +108,17 @@ def test_a_table_that_fell_apart_is_named(tmp_path: Path, symbol: str) -> None:
 def test_union_is_sorted_and_first_symbol_wins() -> None:
     one, other = genes.GeneTable(("B",), ("first",)), genes.GeneTable(("A", "B"), ("a", "second"))
     assert genes.union([one, other]) == genes.GeneTable(("A", "B"), ("a", "first"))
+
+
+@pytest.mark.parametrize(
+    ("names", "species"),
+    [
+        (["ENSG00000141510.18", "EGFR"], "human"),
+        (["Trp53", "Egfr", "Actb"], "mouse"),
+        (["TP53", "Egfr"], ""),
+        (["one", "two"], ""),
+        ([], ""),
+    ],
+)
+def test_species_of_names(names: list[str], species: str) -> None:
+    assert genes.species_of(names) == species

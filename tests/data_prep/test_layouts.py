@@ -153,17 +153,3 @@ def test_an_h5ad_is_known_and_its_species_too(tmp_path: Path) -> None:
     one, other = layouts.look(tmp_path).measurements
     assert (one.platform, one.cells) == ("", {"format": "h5ad", "species": "human"})
     assert other.cells == {"format": "h5ad"}
-
-
-@pytest.mark.parametrize(
-    ("names", "species"),
-    [
-        (["ENSG00000141510.18", "EGFR"], "human"),
-        (["Trp53", "Egfr", "Actb"], "mouse"),
-        (["TP53", "Egfr"], ""),
-        (["one", "two"], ""),
-        ([], ""),
-    ],
-)
-def test_species_of_names(names: list[str], species: str) -> None:
-    assert layouts.species_of(names) == species

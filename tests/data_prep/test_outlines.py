@@ -131,3 +131,16 @@ def test_a_users_outlines_replace_ours(built, corpus: Path, tmp_path: Path) -> N
     write(corpus / "drawn.geojson", feature(polygon([[0, 0], [300, 0], [300, 336], [0, 336], [0, 0]])))
     built(manifest=corpus / "m.csv")
     assert folder.joinpath("drawn.record.json").read_text() != before  # another outline, another store
+
+
+def test_polygons_are_drawn_as_on_the_whole_overview() -> None:
+    rng = np.random.default_rng(0)
+    shape, px_px0 = (60, 90), 3.7
+    polygons = [[rng.uniform(-60, 360, 2) + rng.uniform(-40, 40, (5, 2)) for _ in range(2)] for _ in range(50)]
+    expected = np.zeros(shape, bool)
+    for polygon in polygons:
+        whole = np.zeros(shape, np.uint8)
+        rings = [np.rint((ring / px_px0 - 0.5) * 16).astype(np.int32) for ring in polygon]
+        cv2.fillPoly(whole, rings, 1, shift=4)
+        expected |= whole > 0
+    np.testing.assert_array_equal(outlines.to_mask(polygons, px_px0, shape), expected)
