@@ -6,7 +6,6 @@ is, and what that work takes here.
 
 import csv
 import dataclasses
-import gzip
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import h5py
 
+from data_prep.platforms import mex
 from data_prep.records import Record
 from storm import files
 from storm.config import PrepConfig
@@ -121,7 +121,8 @@ def measured(paths: Sequence[Path]) -> tuple[float, float]:
         if path.suffix in (".h5", ".h5ad"):
             return _h5_size(path)
         if path.name.endswith((".mtx", ".mtx.gz")):
-            return _mtx_size(path)
+            _, barcodes, entries = mex.sizes(path)
+            return float(barcodes), float(entries)
     largest = max(paths, key=lambda path: path.stat().st_size, default=None)
     if largest is None:
         return 0.0, 0.0
@@ -141,17 +142,6 @@ def _h5_size(path: Path) -> tuple[float, float]:
             return float(len(group["barcodes"])), float(len(group["data"]))
     except (OSError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"{path}: no readable matrix ({error or 'it is empty'}); restore the file") from error
-
-
-def _mtx_size(path: Path) -> tuple[float, float]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as handle:
-            first = next(line for line in handle if line.strip() and not line.startswith("%"))
-        _, barcodes, entries = first.split()
-        return float(barcodes), float(entries)
-    except (OSError, EOFError, ValueError, StopIteration) as error:
-        raise ValueError(f"{path}: no matrix in MatrixMarket form ({error}); restore the file") from error
 
 
 def told_mpp(paths: Sequence[Path]) -> float | None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _LINES = 1 << 20  # of the matrix at a time
+_TEXT_BYTES = 1 << 30  # of barcodes or features: Visium HD's 11 million barcodes take a quarter
+_LINE_BYTES = 1 << 16  # of a line of the header
 _CURE = "restore it from the outs folder of the run"
 _DAMAGE = (ValueError, OSError, EOFError, zlib.error)
 Entries = tuple[npt.NDArray, npt.NDArray]  # column, count
@@ -64,7 +66,10 @@ def lines(path: Path) -> list[str]:
     """The lines of a text. Raises ValueError where the file is damaged or no UTF-8 text."""
     try:
         with opened_text(path) as handle:
-            text = handle.read().decode()
+            data = handle.read(_TEXT_BYTES + 1)
+        if len(data) > _TEXT_BYTES:
+            raise ValueError(f"more than {_TEXT_BYTES >> 20} MiB")
+        text = data.decode()
     except _DAMAGE as error:
         raise ValueError(f"{path}: not readable as text ({error}); {_CURE}") from error
     rows = text.replace("\r\n", "\n").removesuffix("\n").split("\n")  # splitlines breaks at more than line breaks
@@ -104,18 +109,26 @@ class _ToldError(ValueError):
 
 def _skip_header(handle: IO[bytes]) -> _Header:
     """The three sizes; the handle then stands at the first entry."""
-    kind = handle.readline().decode().lower().split()
+    kind = handle.readline(_LINE_BYTES).decode().lower().split()
     if kind[:3] != ["%%matrixmarket", "matrix", "coordinate"] or kind[3:4] not in (["integer"], ["real"]):
         raise ValueError("its first line is not %%MatrixMarket matrix coordinate integer")
     if kind[4:] != ["general"]:
         raise ValueError(f"it is {' '.join(kind[4:])}, not general")
-    line = handle.readline()
+    line = handle.readline(_LINE_BYTES)
     while line.startswith(b"%") or (line and not line.strip()):
-        line = handle.readline()
-    sizes = [int(word) for word in line.split()]
-    if len(sizes) != 3 or min(sizes) < 0:
+        line = handle.readline(_LINE_BYTES)
+    sizes = line.split()
+    if len(sizes) != 3 or not all(word.isdigit() for word in sizes):
         raise ValueError("the line of its sizes has not three numbers")
-    return _Header(*sizes)
+    return _Header(*map(int, sizes))
+
+
+def sizes(path: Path) -> tuple[int, int, int]:
+    """Features, barcodes and entries, as a matrix's header tells. Raises ValueError where it is none."""
+    try:
+        return _header(path)
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: no readable matrix ({error}); {_CURE}") from error
 
 
 def _header(path: Path) -> _Header:

@@ -26,6 +26,8 @@ def test_sizes_of_measurements_by_their_headers(tmp_path: Path) -> None:
     (tmp_path / "matrix.mtx").write_text(text)
     (tmp_path / "matrix.mtx.gz").write_bytes(gzip.compress(text.encode()))
     assert cost.measured([tmp_path / "matrix.mtx"]) == cost.measured([tmp_path / "matrix.mtx.gz"]) == (7, 3)
+    (tmp_path / "matrix.mtx.gz").write_text(text)  # as the reader: by content, not by name
+    assert cost.measured([tmp_path / "matrix.mtx.gz"]) == (7, 3)
     sparse = anndata.AnnData(csr_matrix(np.eye(4, 5, dtype=np.float32)))
     sparse.write_h5ad(tmp_path / "a.h5ad")
     anndata.AnnData(np.eye(4, 5, dtype=np.float32)).write_h5ad(tmp_path / "b.h5ad")
@@ -37,7 +39,7 @@ def test_sizes_of_measurements_by_their_headers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.h5", "x.h5ad", "matrix.mtx", "matrix.mtx.gz"])
 def test_a_file_that_is_not_what_its_name_says(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"something else")
-    with pytest.raises(ValueError, match=f"{name}: no .*matrix.*; restore the file"):
+    with pytest.raises(ValueError, match=f"{name}: no .*matrix.*; restore "):
         cost.measured([tmp_path / name])
 
 

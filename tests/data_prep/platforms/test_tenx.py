@@ -296,3 +296,18 @@ def test_real_mex_equals_scipy_and_pandas(real_data: Path, name: str) -> None:
     assert found.symbols == features[1].tolist()
     assert found.barcodes == pd.read_csv(paths["barcodes"], header=None)[0].tolist()
     agree(found, mmread(paths["matrix"]).tocsc())
+
+
+def test_a_text_that_grows_beyond_memory_is_refused(h5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = mex_of(h5)
+    matrix, zeros = folder / "matrix.mtx.gz", bytes(20 << 20)
+    good = matrix.read_bytes()
+    for bomb in (zeros, MTX.encode() + zeros, MTX.encode() + b"%" + zeros):
+        matrix.write_bytes(gzip.compress(bomb))
+        with pytest.raises(ValueError, match=r"matrix\.mtx\.gz: no readable matrix") as caught:
+            tenx.open_matrix(folder)
+        assert len(str(caught.value)) < 1000
+    matrix.write_bytes(good)
+    monkeypatch.setattr(mex, "_TEXT_BYTES", 10)
+    with pytest.raises(ValueError, match=r"features\.tsv\.gz: not readable as text \(more than 0 MiB\)"):
+        tenx.open_matrix(folder)
