@@ -209,7 +209,7 @@ class ShardSet:
         if not path.is_file():
             raise ValueError(f"{path}: no shard manifest; run python -m data_prep.pack to its end")
         self.manifest: dict[str, Any] = files.read_json(path)
-        version = self.manifest.get("schema_version")
+        version = self.manifest.get("schema_version") if isinstance(self.manifest, dict) else None
         if version != schema.SCHEMA_VERSION:
             raise ValueError(f"{path}: schema version {version}, this code reads {schema.SCHEMA_VERSION}; pack again")
         for split, entry in self.manifest["splits"].items():

@@ -182,3 +182,9 @@ def test_genes_that_read_as_others_are_refused(shard_copy: Path) -> None:
     files.write_json(shard_copy / shards.MANIFEST, manifest | {"gene_hash": "0" * 64})
     with pytest.raises(ValueError, match=r"genes\.tsv: reads as other genes"):
         shards.ShardSet(shard_copy)
+
+
+def test_a_manifest_that_is_a_list_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"manifest\.json: schema version None, this code reads"):
+        shards.ShardSet(tmp_path)

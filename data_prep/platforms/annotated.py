@@ -78,7 +78,7 @@ def check_codecs(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.name in _METADATA):
         try:
             told = json.dumps(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: is no JSON ({error}); write the table again") from None
         if re.search(r'"(numcodecs\.)?pickle"', told):
             raise ValueError(f"{path}: is stored as pickles, which are never read; write the table again with anndata")

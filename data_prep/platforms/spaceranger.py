@@ -174,7 +174,7 @@ def scale_factors(path: Path) -> dict[str, Any]:
     """scalefactors_json.json. Raises ValueError where it is no mapping, or one of its lengths is none."""
     try:
         scale = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); {_CURE}") from error
     if not isinstance(scale, dict):
         raise ValueError(f"{path}: holds no names with numbers; {_CURE}")

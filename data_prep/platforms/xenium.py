@@ -121,7 +121,7 @@ def _experiment(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); restore the file") from None
     if not isinstance(told, dict):
         raise ValueError(f"{path}: holds no names with values; restore the file")
@@ -149,6 +149,8 @@ def _aligned(path: Path | None, space_um: float) -> tuple[align.Matrix | None, s
         return None, "none", {}, []
     told = align.read_alignment(path, from_slide=True)
     notes = align.check_scale(told.matrix, space_um, path)
+    if np.linalg.det(told.matrix) < 0:
+        notes.append("WARNING: the alignment mirrors the cells, which is right only for an image that was flipped")
     facts, more = told.residual()
     return told.matrix, told.source, facts, notes + more
 

@@ -221,6 +221,7 @@ def test_duplicate_genes_are_summed_and_antibodies_dropped_on_the_way_to_the_sto
         (CSV, "", r"positions\.csv: holds no spot"),
         (CSV, "\udcff\udcfe", r"positions\.csv: not readable as text"),
         (JSON, "{", "not readable as JSON"),
+        (JSON, "[" * 100_000, "not readable as JSON"),
         (JSON, "[1]", r"factors_json\.json: holds no names with numbers"),
         (JSON, '{"spot_diameter_fullres": "wide"}', "spot_diameter_fullres is no positive number"),
         (JSON, '{"spot_diameter_fullres": -3}', "spot_diameter_fullres is no positive number"),

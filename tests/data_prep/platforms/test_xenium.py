@@ -166,6 +166,8 @@ def test_cells_lie_where_the_alignment_puts_them(bundle: Path, section: CellSect
     np.testing.assert_allclose(align.apply(ALIGNMENTS[name], he_px) * PIXEL_UM, section.xy_um, atol=1e-3)
     assert store.info.mpp == pytest.approx(0.25)
     assert (store.info.mpp_source, store.info.alignment_source) == ("matrix", "file")
+    told = [note for note in store.info.facts["notes"] if "the alignment mirrors the cells" in note]
+    assert len(told) == (name == "mirrored")
     np.testing.assert_allclose(store.places().area_um2, section.area_um2, rtol=1e-3)  # polygons turn with their cells
     found = store.places()
     corner = align.apply(np.linalg.inv(ALIGNMENTS[name]), section.polygon_um[:1].astype(float) / PIXEL_UM) * 0.25

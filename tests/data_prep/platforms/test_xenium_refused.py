@@ -69,6 +69,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "experiment.xenium").write_text("{"),
         r"experiment\.xenium: not readable as JSON",
     ),
+    "experiment is brackets alone": (
+        lambda folder: (folder / "experiment.xenium").write_text("[" * 100_000),
+        r"experiment\.xenium: not readable as JSON",
+    ),
     "no pixel size": (on_experiment(run_name="x"), r"experiment\.xenium: has no pixel_size"),
     "pixel size as text": (on_experiment(pixel_size="0.2125"), r"pixel_size '0\.2125' is no um per pixel"),
     "pixel size of nothing": (on_experiment(pixel_size=21.25), r"pixel_size 21\.25 is no um per pixel"),
