@@ -18,6 +18,7 @@ from data_prep.profiles import Placed, no_profiles, place, profiles_of
 from storm import genes, regions, schema, store
 from storm.config import PrepConfig
 
+_MOST_OFF_TISSUE = 0.5  # share of profiles
 _BLOCK = 8  # tiles are read in blocks of 8 x 8, row of blocks by row of blocks, so that no part is decoded twice
 
 
@@ -145,6 +146,7 @@ def build_slide(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Pat
         figures = quality.profile_quality(depth, found, control, in_tissue, shares, config)
         writer.put_profiles(profiles, figures)
         info.facts.update(quality.profile_summary(figures))
+        info.facts["notes"] += _off_tissue(figures, config)
         info.facts["fingerprints"] = fingerprints.of_slide(picture.overview, picture.mask, sketch)
         if measured and picture.overview:
             _check_alignment(picture.overview, profiles, depth, info)
@@ -153,6 +155,16 @@ def build_slide(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Pat
 
 
 _NO_GENES = genes.GeneTable((), ())
+
+
+def _off_tissue(figures: dict[str, np.ndarray], config: PrepConfig) -> list[str]:
+    """A warning where most profiles, without those that the vendor itself saw beside the tissue, lie on bare glass."""
+    tissue_share = figures["tissue"][figures["in_tissue"] != 0]
+    off = float((tissue_share < config.min_tissue).mean()) if len(tissue_share) else 0.0
+    if off <= _MOST_OFF_TISSUE:
+        return []
+    return [f"WARNING: {off:.0%} of the profiles lie where the image shows no tissue; is it the image that was "
+            "measured, and are they aligned?"]  # fmt: skip
 
 
 def _check_alignment(

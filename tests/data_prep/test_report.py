@@ -130,7 +130,7 @@ def test_notes_that_warn_are_listed_apart_up_to_a_limit(
     monkeypatch.setattr(report, "_MOST_ROWS", 1)
     look = text_of(page(folder, tmp_path)).partition("To look at slide what")[2].partition("Corpus")[0]
     assert " x mpp 0.6000" not in look
-    assert re.search(r"The first 1 of 0 pairs and of 6 warnings", look)
+    assert re.search(r"The first 1 of 0 pairs and of 8 warnings", look)
 
 
 def test_wrong_usage_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
