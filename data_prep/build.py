@@ -42,7 +42,7 @@ def _made(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | No
     start, last = time.perf_counter(), records.read(folder, row.slide_id)
     mark, found = inputs.fingerprint(row, config, last)
     if last and last.fingerprint == mark and records.is_complete(folder, last) and _opens(folder, last):
-        return last, False
+        return dataclasses.replace(last, inputs=found), False
     path = build_slide(row, folder, config, scratch)
     return Record(
         row.slide_id, "built", fingerprint=mark, inputs=found, bytes=path.stat().st_size,
@@ -91,7 +91,9 @@ def attempt(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | 
             row, folder, config, f"internal fault: {type(error).__name__}: {error} "
             f"({Path(place.filename).name}:{place.lineno}); look for damage in the slide's files, and report it",
         ), False  # fmt: skip
-    return _written(record, folder) if new or record.state == "failed" else record, new
+    # Of files that were copied the new times are noted, lest every plan asks for the slide and every build reads them.
+    known = record.state == "built" and not new and record == records.read(folder, row.slide_id)
+    return record if known else _written(record, folder), new
 
 
 def _written(record: Record, folder: Path) -> Record:
@@ -122,7 +124,7 @@ def _line(record: Record, new: bool, folder: Path) -> str:
     if "profiles" in facts:
         parts += [f"{facts['profiles']} profiles", f"{facts['genes']} genes", f"mapped {facts['mapped_share']:.1%}"]
     if info.residual_px0 is not None:
-        parts.append(f"lattice residual {info.residual_px0:.2f} px")
+        parts.append(f"lattice residual {info.residual_px0:.2f} px, {info.residual_px0 * info.mpp:.1f} um")
     if new:
         parts.append(f"{record.seconds:.1f} s")
     notes = "".join(f"\n    {note}" for note in facts["notes"])

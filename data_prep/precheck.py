@@ -1,9 +1,9 @@
 """What a build would refuse without looking at a pixel: no alignment, no pixel size, names that are no genes.
 
-In: a manifest row, the header of its image, the files of its measurement. Out: nothing, or the ValueError of the build:
-the readers and the placing of the build itself are asked, so that both say the same. A measurement is read, without
-its counts, where its files are small or it is an h5ad; of a larger Xenium or CosMx export the files that tell its space
-are; of other large ones nothing.
+In: a manifest row, the header of its image, the files of its measurement. Out: how many profiles it has, or the
+ValueError of the build: the readers and the placing of the build itself are asked, so that both say the same. A
+measurement is read, without its counts, where its files are small or it is an h5ad; of a larger Xenium or CosMx export
+the files that tell its space are; of other large ones nothing.
 """
 
 import zlib
@@ -21,29 +21,34 @@ SMALL_BYTES = 50_000_000  # of a measurement's files: about a second
 FAULTS = (ValueError, OSError, EOFError, zlib.error)  # what a damaged or wrong input raises
 
 
-def check(row: ManifestRow, slide: slides.Header | None, found: Sequence[Path], config: PrepConfig) -> None:
+def check(row: ManifestRow, slide: slides.Header | None, found: Sequence[Path], config: PrepConfig) -> int | None:
     """Read and place a slide's measurement as far as that is cheap.
 
     Args:
         slide: header of the image; None for expression alone.
         found: the measurement's files.
 
+    Returns:
+        how many profiles it has; None where it was not read.
+
     Raises:
         one of FAULTS: the build would fail.
     """
     if row.source is None:
-        return
+        return None
     reader = platforms.reader(row.reader)
     whole = row.measurement is not None and row.measurement.suffix == ".h5ad"
     whole = whole or sum(path.stat().st_size for path in found) <= SMALL_BYTES
     frame = None if whole or not hasattr(reader, "frame") else reader.frame(row.source)
     if not whole and frame is None:
-        return
+        return None
     measured = _without_profiles(row, frame) if frame else reader.read(row.source)
     placed = profiles.place(row, slide, measured, config)
     one_slide.check_resolution(row, placed.mpp.value, measured, config)
-    if whole:
-        profiles.profiles_of(row, measured, placed, config)
+    if not whole:
+        return None
+    profiles.profiles_of(row, measured, placed, config)
+    return len(measured.ids)
 
 
 def _without_profiles(row: ManifestRow, frame: Frame) -> Measurement:

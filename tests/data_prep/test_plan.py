@@ -64,6 +64,25 @@ def test_complete_slides_are_left_out_until_something_changes(built: Built, corp
     assert slides_of(run(manifest, folder)[1]) == ["i", "t", "v"]
 
 
+def test_copied_inputs_are_current_and_not_planned_again(built: Built, corpus: Path) -> None:
+    _, folder = built()
+    before = {path.name: path.read_bytes() for path in store.paths(folder)}
+    (corpus / "images" / "i.tif").touch()  # as a copy leaves it: another time, the same content
+    assert run(corpus / "manifest.csv", folder)[1] == [["i"]]
+    assert built()[0] == 0
+    assert run(corpus / "manifest.csv", folder)[1] == []
+    assert {path.name: path.read_bytes() for path in store.paths(folder)} == before
+
+
+def test_the_profiles_of_small_measurements_are_those_of_the_build(built: Built, corpus: Path, tmp_path: Path) -> None:
+    rows, config = manifest.read(corpus / "manifest.csv", None), PrepConfig(tile_px=112, tile_mpp=1.0)
+    _, folder = built()
+    for place in (tmp_path / "new", folder):  # before the build, and by its record after it
+        for row in rows:
+            built_one = store.SlideStore(store.store_path(folder, row.slide_id))
+            assert plan.check(row, place, config).work.profiles == built_one.info.facts.get("profiles", 0), row.slide_id
+
+
 def test_after_a_failure_only_the_failed_slide_is_planned(built: Built, corpus: Path) -> None:
     image = corpus / "images" / "i.tif"
     whole = image.read_bytes()
