@@ -76,7 +76,7 @@ def choose_mpp(told: dict[str, float | None], config: PrepConfig) -> Mpp:
     low, high = EMBEDDED_MPP
     usable = {s: v for s, v in told.items() if v is not None and (s != "embedded" or low <= v <= high)}
     source = next((s for s in ("manifest", "lattice", "matrix", "embedded") if s in usable), None)
-    notes = [f"mpp {v:.4g} told by {s} is not believable and ignored" for s, v in told.items() if v and s not in usable]
+    notes = [f"the {s} mpp of {v:.4g} is not believable and ignored" for s, v in told.items() if v and s not in usable]
     if source is None:
         raise ValueError("; ".join([*notes, "the pixel size (mpp) is unknown; give um per pixel in the column mpp"]))
     chosen = usable[source]

@@ -8,6 +8,7 @@ import csv
 import io
 import os
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,7 +232,7 @@ def write(folder: Path, out: Path, force: bool) -> str:
     lines = [f"{out}: {len(found.rows)} rows ({', '.join(f'{n} {name}' for name, n in sorted(counts.items()))})"]
     lines += [f"note: {note}" for note in found.notes]
     if not inside:
-        lines.append(f"note: its paths start from {folder.name}; give --root with that folder to every command")
+        lines.append(f"note: its paths start elsewhere; give every command --root {shlex.quote(str(folder))}")
     if found.blanks:
         lines.append(f"{len(found.blanks)} cells are blank and must be filled in:")
         for column in REQUIRED:

@@ -94,10 +94,11 @@ def told(left_out: dict[str, str]) -> str:
 def check_missing(store_dir: Path, left_out: dict[str, str]) -> None:
     """Raises ValueError where a slide is missing, naming slides and reasons."""
     if left_out:
-        lines = [f"{name} ({reason})" for name, reason in left_out.items()]
+        lines = [f"\n  {name}: {reason}" for name, reason in left_out.items()]
+        more = f"\n  and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
         raise ValueError(
-            f"{store_dir}: {len(left_out)} slides are missing: {named(lines)}; build them, or pack without them by "
-            "--allow-missing"
+            f"{store_dir}: {len(left_out)} slides are missing; build them (data_prep.plan tells what stops them), or "
+            f"pack without them by --allow-missing:{''.join(lines[:_NAMED])}{more}"
         )
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PITCH_UM = 200.0
 MAX_LOST = 0.02  # share of spots without a place or without coordinates that is left out; above it the files are wrong
+MOST_EMPTY = 0.1  # share of selected spots without counts that is not remarked on: a few are in any section
 _FEW_PLACES = 16  # fewer say nothing about the array they come from
 _PLACE = re.compile(r"(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)")
 _LATTICE = (("x", "y"), ("xcoord", "ycoord"))
@@ -214,6 +215,11 @@ def _chosen(counts: _Counts, spots: _Spots, source: Source) -> tuple[npt.NDArray
             "same section"
         )
     known = spots.selected or dict.fromkeys(spots.xy, True)
+    chosen = {i for i, selected in known.items() if selected}
+    empty = len(chosen - set(counts.ids))
+    without = f"{{}} {'selected ' if spots.selected else ''}spots have no counts and are left out"
+    if spots.selected and empty > MOST_EMPTY * len(chosen):
+        without = f"WARNING: {{}} of {len(chosen)} selected spots have no counts; is the table of counts whole?"
     rows = np.array([r for r, i in enumerate(counts.ids) if known.get(i)], dtype=np.int64)
     if not rows.size:
         raise ValueError(f"{source.spots}: selects none of the {len(counts.ids)} spots with counts; correct its column "
@@ -221,9 +227,7 @@ def _chosen(counts: _Counts, spots: _Spots, source: Source) -> tuple[npt.NDArray
     notes = {
         "{} lines of the spot file have no coordinates and are left out": spots.blank,
         "{} spots with counts are not in the spot file and are left out": len(strangers),
-        f"{{}} {'selected ' if spots.selected else ''}spots have no counts and are left out": len(
-            {i for i in known if known[i]} - set(counts.ids)
-        ),
+        without: empty,
         "{} spots with counts are not selected and are left out": len(counts.ids) - len(strangers) - len(rows),
     }
     return rows, [text.format(n) for text, n in notes.items() if n]

@@ -73,7 +73,7 @@ def test_disagreeing_sources_are_reported_or_refused() -> None:
 
 def test_junk_in_a_file_is_no_mpp() -> None:
     assert align.choose_mpp({"lattice": 0.5, "embedded": 352.8}, CONFIG).source == "lattice"
-    with pytest.raises(ValueError, match=r"352\.8 told by embedded is not believable"):
+    with pytest.raises(ValueError, match=r"embedded mpp of 352\.8 is not believable"):
         align.choose_mpp({"embedded": 352.8}, CONFIG)
 
 

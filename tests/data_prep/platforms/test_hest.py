@@ -115,7 +115,7 @@ def test_the_tag_of_the_tif_is_not_believed(tmp_path: Path, tag: float | None) -
     info = SlideStore(build_slide(row, tmp_path / "stores", PrepConfig())).info
     assert (info.mpp, info.mpp_source, info.alignment_source) == (MPP, "matrix", "HEST-1k")
     np.testing.assert_array_equal(info.alignment, np.eye(3))
-    ignored = [note for note in info.facts["notes"] if "0.02734 told by embedded is not believable" in note]
+    ignored = [note for note in info.facts["notes"] if "embedded mpp of 0.02734 is not believable" in note]
     assert len(ignored) == (tag is not None)
 
 

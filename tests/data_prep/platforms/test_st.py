@@ -292,6 +292,19 @@ def test_tables_with_faults(tmp_path: Path) -> None:
         read(tmp_path / "absent.tsv", spots)
 
 
+def test_a_table_of_counts_that_was_cut_short_is_a_warning(tmp_path: Path) -> None:
+    counts, spots = write_st(tmp_path, side=8)
+    rows = written(counts)
+    cut = table_of(tmp_path / "cut.tsv", rows[:31])  # a header and 30 of the 64 places
+    found = read(cut, spots)
+    selected = sum(line.split("\t")[-1] == "1" for line in spots.read_text().splitlines()[1:])
+    lost = selected - len(found.ids)
+    assert lost > 30
+    (warning,) = [note for note in found.notes if note.startswith("WARNING")]
+    assert f"{lost} of {selected} selected spots have no counts; is the table" in warning
+    assert not any(note.startswith("WARNING") for note in read(counts, spots).notes)
+
+
 def test_inputs(tmp_path: Path) -> None:
     counts, spots = write_st(tmp_path)
     assert st.inputs(Source("st", counts, spots)) == [counts, spots]
