@@ -14,6 +14,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a worker is a process; --cpus-per
 set +u # modules and activation scripts read variables that are not set
 eval "${STORM_SETUP:-}"
 set -u
+[ -n "${STORM_RUN:-}" ] || command -v python >/dev/null ||
+  { echo "no python on $(uname -n); name its module or environment as STORM_SETUP in slurm/env.sh" >&2; exit 2; }
 
 storm_python() {
   ${STORM_RUN:-} python "$@" # words of a command: split on purpose

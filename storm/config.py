@@ -196,7 +196,9 @@ def load(kind: type[Config], path: Path | None, overrides: list[str] | None = No
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError("\n".join(f"{name}: {line}" for line in _explain(kind, error))) from None
+        given = [word.partition("=")[0] for word in overrides or []]
+        faults = _explain(kind, error)
+        raise ValueError("\n".join(f"{_source(key, given, name)}: {line}" for key, line in faults)) from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -235,17 +237,24 @@ def _keys(kind: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
     return list(kind.model_fields)
 
 
-def _explain(kind: type[BaseModel], error: ValidationError) -> list[str]:
+def _source(key: str, given: list[str], name: str) -> str:
+    """Where a key that is at fault was written: among the words of the command, or in the file."""
+    return "command line" if any(word == key or word.startswith(f"{key}.") for word in given) else name
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
+    """(key, what is wrong with it) of each fault."""
     lines = []
     for fault in error.errors():
         place = fault["loc"]
         key = ".".join(str(p) for p in place)
         if fault["type"] == "extra_forbidden":
-            lines.append(f"{key} is no key{nearest(str(place[-1]), _keys(kind, place))}")
+            text = f"{key} is no key{nearest(str(place[-1]), _keys(kind, place))}"
         elif fault["type"] == "missing":
-            lines.append(f"{key} is required; set it in the file or as {key}=VALUE")
+            text = f"{key} is required; set it in the file or as {key}=VALUE"
         else:
-            lines.append(f"{key}={fault['input']!r}: {fault['msg']}")
+            text = f"{key}={fault['input']!r}: {fault['msg']}"
+        lines.append((key, text))
     return lines
 
 

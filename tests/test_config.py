@@ -31,6 +31,10 @@ def test_faults_of_a_file_name_it(tmp_path: Path) -> None:
     path.write_text("mask: {image_olny: 0.5}\nrun_dir: r\ndata: {shards: s}\n")
     with pytest.raises(ValueError, match=r"c\.yaml: mask\.image_olny is no key \(nearest: image_only\)"):
         config.load(RunConfig, path)
+    with pytest.raises(ValueError) as told:
+        config.load(RunConfig, path, ["train.steps=4", "seed=x"])
+    assert {line.split(" ")[0] for line in str(told.value).splitlines()} == {f"{path}:", "command"}
+    assert "command line: train is no key (nearest: " in str(told.value)
     path.write_text("- 1\n")
     with pytest.raises(ValueError, match="a config is a mapping"):
         config.load(PrepConfig, path)

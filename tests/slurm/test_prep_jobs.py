@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -195,6 +197,17 @@ def test_a_bare_sbatch_from_the_root_uses_setup_and_run(
     assert said.startswith(f"prepared {root} {own} env python -m data_prep.build --workers 1 {slides}/manifest.csv")
     assert said.endswith("--task 1\n")
     assert "s1: built" in (root / f"slurm-{job}_1.out").read_text()
+
+
+def test_a_node_without_python_is_told_the_cure(tmp_path: Path) -> None:
+    for name in ("bash", "uname"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    line = f'. "{REPO}/slurm/job.sh"; storm_python -c 1'
+    env = {"PATH": str(tmp_path), "STORM_ROOT": str(REPO)}
+    done = subprocess.run(["bash", "-euc", line], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "as STORM_SETUP in slurm/env.sh" in done.stderr
+    env |= {"STORM_SETUP": f"PATH={Path(sys.executable).parent}"}
+    assert subprocess.run(["bash", "-euc", line], env=env, check=False).returncode == 0
 
 
 def test_what_ended_jobs_left_on_other_machines_is_removed(
