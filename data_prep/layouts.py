@@ -28,6 +28,9 @@ _VENDORS_OWN = re.compile(
     r"morphology_focus|aux_outputs|cell_feature_matrix|CellLabels|CellComposite|CellOverlay|Morphology2D|RunSummary)"
 )
 _SQUARE = re.compile(r"square_\d{3}um")
+_XENIUM_WITHOUT_ITS_FILE = (
+    {"cells.parquet", "cell_feature_matrix.h5"}, {"transcripts.parquet", "nucleus_boundaries.parquet"}
+)  # fmt: skip
 _COSMX = re.compile(r"(?P<id>.*?)_?exprMat_file\.csv(\.gz)?")
 _TABLE = re.compile(r"(?P<id>.+?)\.(tsv|csv|txt)(\.gz)?")
 _GENERAL_TABLES = {"counts", "count_matrix", "matrix", "stdata", "expression"}
@@ -164,7 +167,7 @@ def _visium_hd(folder: Path, names: set[str]) -> Found | None:
 
 
 def _xenium(folder: Path, names: set[str]) -> Found | None:
-    if "experiment.xenium" not in names and not {"cells.parquet", "cell_feature_matrix.h5"} <= names:
+    if "experiment.xenium" not in names and not any(two <= names for two in _XENIUM_WITHOUT_ITS_FILE):
         return None
     image = _first(folder, "*he_image*.ome.tif")
     cells = _species(_h5_names(folder / "cell_feature_matrix.h5"))
@@ -172,6 +175,8 @@ def _xenium(folder: Path, names: set[str]) -> Found | None:
     if species := _SPECIES.get(str(about.get("panel_organism", "")).lower()):
         cells["species"] = species
     found = Found(_own_name(folder), "xenium", folder, _home(folder), image, cells)
+    if not names & {"cells.parquet", "cells.csv.gz", "cells.csv"}:
+        found.notes.append("has no table of cells; add the column unit, with square8um or so, to pool its transcripts")
     alignment = _first(folder, "*alignment.csv") or _first(folder, "*keypoints*.csv")
     if alignment:
         found.paths["alignment"] = alignment

@@ -211,6 +211,7 @@ def test_an_he_and_its_alignment_beside_a_xenium_bundle(tmp_path: Path) -> None:
     bundle = tmp_path / "s" / "outs"
     bundle.mkdir(parents=True)
     (bundle / "experiment.xenium").write_text("{}")
+    (bundle / "cells.parquet").touch()
     write_tiff(tmp_path / "s_he_image.ome.tif", tissue(64, 64))
     write_tiff(tmp_path / "other.tif", tissue(64, 64))
     (tmp_path / "s_he_imagealignment.csv").write_text("1,0,0\n0,1,0\n0,0,1\n")

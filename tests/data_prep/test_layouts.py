@@ -59,6 +59,7 @@ def test_a_xenium_bundle_with_image_and_alignment(tmp_path: Path) -> None:
     bundle = tmp_path / "x"
     write_h5(bundle / "cell_feature_matrix.h5", ["NegControlProbe_1"])
     (bundle / "experiment.xenium").write_text(json.dumps({"panel_organism": "Mouse", "run_name": "secret"}))
+    (bundle / "cells.parquet").touch()
     (bundle / "morphology_focus").mkdir()
     write_tiff(bundle / "morphology_focus" / "morphology_focus_0000.ome.tif", tissue(64, 64))
     write_tiff(bundle / "morphology.ome.tif", tissue(64, 64))
@@ -73,6 +74,13 @@ def test_a_xenium_bundle_with_image_and_alignment(tmp_path: Path) -> None:
     (bundle / "a_he_imagealignment.csv").write_text("1,0,0\n0,1,0\n0,0,1\n")
     (aligned,) = layouts.look(tmp_path).measurements
     assert (aligned.paths, aligned.notes) == ({"alignment": bundle / "a_he_imagealignment.csv"}, [])
+
+
+def test_a_xenium_folder_of_transcripts_alone(tmp_path: Path) -> None:
+    for name in ("transcripts.parquet", "nucleus_boundaries.parquet"):
+        (tmp_path / name).touch()
+    (found,) = layouts.look(tmp_path).measurements
+    assert found.platform == "xenium" and "add the column unit, with square8um" in found.notes[0]
 
 
 def test_cosmx_flat_files(tmp_path: Path) -> None:
