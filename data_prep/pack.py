@@ -150,11 +150,17 @@ def pack(
         print(f"{out}: current, nothing to do")
         finish.clear(out)
         return dict(files.read_json(out / shards.MANIFEST))
-    plan = None
-    if not (job.work / shards.MANIFEST).is_file():  # it is there where the last pack ended between it and the rename
-        plan = job.plan()
-        write_pools(job, plan, range(len(plan.pools)))
-    return finished(job, plan, None)
+    try:
+        plan = None
+        if not (job.work / shards.MANIFEST).is_file():  # there where the last pack ended between it and the rename
+            plan = job.plan()
+            write_pools(job, plan, range(len(plan.pools)))
+        return finished(job, plan, None)
+    except (ValueError, OSError):
+        if not job.is_current():
+            raise
+        print(f"{out}: another pack of the same stores has just made it")  # and taken the folder away
+        return dict(files.read_json(out / shards.MANIFEST))
 
 
 def finished(job: Job, plan: Plan | None, tasks: int | None) -> dict[str, Any]:

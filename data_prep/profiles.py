@@ -20,6 +20,7 @@ from storm.config import PrepConfig
 
 _MAX_OUTSIDE = 0.05  # share of profiles that may lie beside the image before it is called the wrong image
 _POLYGONS = 1 << 16  # are turned into um at a time
+_MOST = 2**31 - 1  # counts of a gene in a profile
 _MARGIN_UM = 200.0  # around the profiles of a measurement without an image
 
 
@@ -110,6 +111,7 @@ def _framed(measured: Measurement, mpp: float) -> tuple[align.Matrix, tuple[int,
 class GeneCounts:
     """The counts of chosen profiles over canonical genes, as a stream."""
 
+    path: Path | None  # of the measurement, for errors
     measured: Measurement
     column: npt.NDArray[np.int64]  # [K] canonical gene of each column, -1 = none
     table: genes.GeneTable
@@ -117,7 +119,11 @@ class GeneCounts:
     control: npt.NDArray[np.int64]  # [rows] counts in control columns; complete once `blocks` is exhausted
 
     def blocks(self) -> Iterator[schema.CountBlock]:
-        """Consecutive blocks; columns of one gene are summed, columns that are no gene are left out."""
+        """Consecutive blocks; columns of one gene are summed, columns that are no gene are left out.
+
+        Raises:
+            ValueError: a sum is no count that a tissue could give.
+        """
         from scipy.sparse import csr_matrix
 
         is_control = (self.column < 0) & (self.measured.column_kind != OTHER)
@@ -129,8 +135,12 @@ class GeneCounts:
             self.control[done : done + n] += np.bincount(profile[control], block.count[control], n).astype(np.int64)
             gene = self.column[block.gene]
             kept = (gene >= 0) & (block.count > 0)
-            summed = csr_matrix((block.count[kept], (profile[kept], gene[kept])), shape=(n, max(1, len(self.table))))
+            count = block.count[kept].astype(np.int64)  # of which a sum may be more than one entry can hold
+            summed = csr_matrix((count, (profile[kept], gene[kept])), shape=(n, max(1, len(self.table))))
             summed.sort_indices()
+            if summed.nnz and summed.data.max() > _MOST:
+                raise ValueError(f"{self.path}: a profile counts {summed.data.max()} of one gene, which none can; "
+                                 "restore the counts")  # fmt: skip
             yield schema.CountBlock(
                 summed.indptr.astype(np.int64), summed.indices.astype(np.int32), summed.data.astype(np.int32)
             )
@@ -243,7 +253,7 @@ def profiles_of(
         "profiles": len(found), "genes": len(table), "mapped_share": round(mapped_share, 4),
         "controls": int(((column < 0) & (measured.column_kind != OTHER)).sum()), "notes": notes, **measured.facts,
     }  # fmt: skip
-    return found, GeneCounts(measured, column, table, rows, np.zeros(len(rows), np.int64)), facts
+    return found, GeneCounts(row.measurement, measured, column, table, rows, np.zeros(len(rows), np.int64)), facts
 
 
 def no_profiles() -> schema.Profiles:

@@ -26,7 +26,7 @@ class Section(BaseModel):
 class PrepConfig(Section):
     """How slides become stores and stores become shards."""
 
-    tile_px: int = Field(default=224, ge=16, description="side of a tile in pixels")
+    tile_px: int = Field(default=224, ge=16, le=4096, description="side of a tile in pixels")
     tile_mpp: float = Field(default=0.5, ge=0.05, le=4.0, description="um per tile pixel")
     jpeg_quality: int = Field(default=90, ge=50, le=100)
     min_tissue: float = Field(

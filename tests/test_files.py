@@ -1,5 +1,6 @@
 """Durable files: complete or absent, canonical, inside their root; what dead owners left is removed, and only that."""
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -8,12 +9,28 @@ from pathlib import Path
 import pytest
 
 from storm import files
+from storm.commands import explain
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), files.replacing(tmp_path / "a.bin") as temporary:
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_names_what_was_written(tmp_path: Path, code: int) -> None:
+    """The system's own error tells no file, or one of a name that is gone a moment later."""
+    with pytest.raises(OSError) as caught, files.replacing(tmp_path / "a.bin"):
+        raise OSError(code, "full")
+    assert explain(caught.value).startswith(f"{tmp_path / 'a.bin'}: full; check the path, the free space")
+    with pytest.raises(OSError) as caught, files.scratch_folder(tmp_path / "b") as folder:
+        raise OSError(code, "full", str(folder / "c"))
+    assert caught.value.filename == str(tmp_path / "b")
+    with pytest.raises(OSError) as caught, files.scratch_folder(tmp_path / "b"):
+        raise OSError(errno.EIO, "damaged", "slide.svs")
+    assert caught.value.filename == "slide.svs"
     assert list(tmp_path.iterdir()) == []
 
 
