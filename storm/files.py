@@ -201,7 +201,12 @@ def install_folder(new: Path, path: Path) -> None:
     _sync(new)
     if path.exists():
         os.rename(path, old)
-    os.rename(new, path)
+    try:
+        os.rename(new, path)
+    except OSError:  # another process has taken `new` away: the old one stays
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        raise
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -42,6 +42,22 @@ def test_an_interrupted_folder_leaves_the_old_one(tmp_path: Path) -> None:
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["set", "set/old"]
 
 
+def test_a_new_folder_that_vanishes_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_bytes(tmp_path / "set" / "old", b"1")
+    files.write_bytes(tmp_path / "new" / "file", b"2")
+    rename = os.rename
+
+    def overtaken(source: Path, target: Path) -> None:
+        if source == tmp_path / "new":
+            raise FileNotFoundError(2, "gone", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    with pytest.raises(FileNotFoundError):
+        files.install_folder(tmp_path / "new", tmp_path / "set")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*old*")) == ["set/old"]
+
+
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     files.write_bytes(tmp_path / "set" / "old", b"1")
     with files.replacing_folder(tmp_path / "set") as folder:
