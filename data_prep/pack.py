@@ -73,6 +73,7 @@ def _check_out(out: Path) -> None:
     """Raises ValueError where `out` holds anything that is no shard set: packing replaces the whole folder."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; name a new folder")
+    files.sweep(out)  # what a pack of the same set left when another overtook it
     known = {shards.MANIFEST, shards.GENES, shards.CARD, *schema.SPLITS}
     strange = {p.name for p in out.iterdir()} - known if out.is_dir() else set()
     if strange:

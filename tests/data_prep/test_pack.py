@@ -365,4 +365,8 @@ def test_two_packs_of_one_set_at_once_end_with_one_set(
     monkeypatch.setattr(pack, "write_pools", overtaken)
     assert pack.main(words) == 0
     assert "another pack of the same stores has just made it" in capsys.readouterr().out
+    left = tmp_path / "out" / f".manifest.json.{files._host()}.0r0.4194305.1.0123abcd.tmp"  # of no process that can be
+    left.write_bytes(b"")
+    assert pack.main(words) == 0
+    assert not left.exists()
     assert shards.verify(tmp_path / "out") == []
