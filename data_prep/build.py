@@ -68,28 +68,39 @@ def _cost(path: Path) -> dict[str, float]:
     return {name: float(info.facts.get(name, 0)) for name in ("tiles", "profiles", "counts")} | {"grid": float(grid)}
 
 
-def _without_folders(text: str, row: ManifestRow, folder: Path, config: PrepConfig) -> str:
-    """An error's text for a file that may be shared: the folders of this machine are cut off its paths."""
-    aliases = Path(config.aliases) if config.aliases else None
-    for path in (row.image, row.measurement, row.spots, row.alignment, row.tissue, aliases, folder / "x", folder):
-        if path and path.parent != Path():
-            text = text.replace(f"{path.parent}{os.sep}", "")
+def _without_folders(text: str, row: ManifestRow, places: Sequence[Path | None]) -> str:
+    """An error's text for a file that may be shared: the folders of this machine are cut off its paths.
+
+    Args:
+        places: that are named besides the row's own; of all of them the folders above are cut off, too, for a reader
+            may look beside what the row names.
+    """
+    known = (row.image, row.measurement, row.spots, row.alignment, row.tissue, *places)
+    above = {folder for path in known if path for folder in path.parents} - {Path(), Path(os.sep)}
+    for folder in sorted(above, key=lambda folder: -len(str(folder))):
+        text = text.replace(f"{folder}{os.sep}", "")
     return text
 
 
 def attempt(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | None = None) -> tuple[Record, bool]:
     """Build one slide where needed and write its record, whatever happens; (record, whether it was built just now)."""
+
+    def failed(reason: str) -> Record:
+        aliases = Path(config.aliases) if config.aliases else None
+        places = (aliases, folder / "x", scratch / "x" if scratch else None)
+        return Record(row.slide_id, "failed", _without_folders(reason, row, places))
+
     try:
         record, new = _made(row, folder, config, scratch)
     except INPUT_ERRORS as error:
         text = explain(error) if isinstance(error, OSError) else str(error)
-        record, new = _failed(row, folder, config, text or type(error).__name__), False
+        record, new = failed(text or type(error).__name__), False
     except Exception as error:  # noqa: BLE001  one slide must not stop the others, whatever it meets
         traceback.print_exc()
         place = traceback.extract_tb(error.__traceback__)[-1]
-        record, new = _failed(
-            row, folder, config, f"internal fault: {type(error).__name__}: {error} "
-            f"({Path(place.filename).name}:{place.lineno}); look for damage in the slide's files, and report it",
+        record, new = failed(
+            f"internal fault: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno}); look for "
+            "damage in the slide's files, and report it"
         ), False  # fmt: skip
     # Of files that were copied the new times are noted, lest every plan asks for the slide and every build reads them.
     known = record.state == "built" and not new and record == records.read(folder, row.slide_id)
@@ -105,10 +116,6 @@ def _written(record: Record, folder: Path) -> Record:
         return dataclasses.replace(record, state="failed", reason=f"{reason}; its record was not written: "
                                    f"{explain(error)}")  # fmt: skip
     return record
-
-
-def _failed(row: ManifestRow, folder: Path, config: PrepConfig, reason: str) -> Record:
-    return Record(row.slide_id, "failed", _without_folders(reason, row, folder, config))
 
 
 def _state(record: Record, new: bool) -> str:

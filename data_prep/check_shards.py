@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.check_store import READ_ERRORS
-from storm import shards
+from data_prep.packing import manifest as describe
+from storm import files, shards
 
 _END = bytes(1024)  # of a tar
 _AGAIN = "restore it or pack again"
@@ -78,6 +79,29 @@ def _group(span: bytes, index: shards.Index, i: int) -> tuple[str, bytes, str]:
     elif (count, tiles) != (index.profiles[i], index.tiles[i]):
         fault = f"holds {count} profiles and {tiles} tiles, the index tells {index.profiles[i]} and {index.tiles[i]}"
     return json.loads(members["meta.json"])["slide"], names, fault
+
+
+def check_manifest(folder: Path) -> str:
+    """What is wrong with a set's manifest, from which all other hashes come; '' where nothing is or it is not there.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    path = folder / shards.MANIFEST
+    if not path.is_file():
+        return ""  # which ShardSet tells
+    told = files.read_json(path)
+    sound = isinstance(told, dict) and told.get("sha256") == describe.digest(told)
+    return "" if sound else f"{path}: is not as it was packed (sha256); {_AGAIN}"
+
+
+def check_card(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Faults of the dataset card."""
+    path = folder / shards.CARD
+    if not path.is_file():
+        return [f"{path.name}: missing; {_AGAIN}"]
+    same = files.sha256_file(path) == manifest["card_sha256"]
+    return [] if same else [f"{path.name}: its sha256 is not that of the manifest; {_AGAIN}"]
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def _h5_size(path: Path) -> tuple[float, float]:
                 return float(len(matrix["indptr"]) - 1), float(len(matrix["data"]))
             group = root["matrix"] if "matrix" in root else next(iter(root.values()))
             return float(len(group["barcodes"])), float(len(group["data"]))
-    except (OSError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (OSError, KeyError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
         raise ValueError(f"{path}: no readable matrix ({error or 'it is empty'}); restore the file") from error
 
 
@@ -204,7 +204,10 @@ def _quota(folder: Path) -> tuple[int | None, int | None]:
         name, *words = line.split() or [""]
         if name != _device(folder) or len(words) < 8:
             continue
-        used, soft, hard, _, files_used, files_soft, files_hard = (int(w.rstrip("*")) for w in words[:7])
+        try:
+            used, soft, hard, _, files_used, files_soft, files_hard = (int(w.rstrip("*")) for w in words[:7])
+        except ValueError:
+            return None, None  # a command of another make
         left = (hard or soft) - used if hard or soft else None
         files_left = (files_hard or files_soft) - files_used if files_hard or files_soft else None
         return (None if left is None else 1024 * max(0, left)), (None if files_left is None else max(0, files_left))

@@ -21,6 +21,7 @@ import csv
 import io
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ SPECIES = ("human", "mouse")
 MPP_RANGE = (0.02, 20.0)  # outside it a value is a slip of the pen
 SPACE_RANGE = (0.02, 1000.0)  # the unit may be a mm, or the pitch of a lattice
 _MOST_FAULTS, _MOST_RANGES = 20, 8  # that are told at once
+_NAMES = ("donor", "study", "organ", "section")  # of which equal ones belong together
 _UNIT = re.compile(r"cell|(square|disc)\d{1,3}um")
 
 
@@ -90,7 +92,9 @@ class _Reader:
         self.faults.append(f"line {self.line}, column {column}: {text}")
 
     def text(self, column: str) -> str:
-        return bare(self.cells.get(column, "").strip())
+        value = bare(self.cells.get(column, "").strip())
+        # An accent is one character or two, by the machine on which it was typed: the donor is the same.
+        return unicodedata.normalize("NFC", value) if column in _NAMES else value
 
     def required(self, column: str, cure: str) -> str:
         value = self.text(column)
@@ -106,8 +110,8 @@ class _Reader:
             return Path(value)
         try:
             return files.inside(self.root, value)
-        except ValueError:
-            self.fault(column, self._outside(value))
+        except ValueError as error:
+            self.fault(column, self._outside(value) if "leaves its root" in str(error) else str(error))
             return None
 
     def _outside(self, value: str) -> str:
@@ -168,7 +172,7 @@ class _Reader:
 
     def check_seen(self) -> None:
         """Two donors that look alike would be two donors: a space that does not break, a mark of width zero."""
-        for column in ("donor", "study", "organ", "section"):
+        for column in _NAMES:
             hidden = next((c for c in self.text(column) if not c.isprintable()), None)
             if hidden:
                 self.fault(column, f"{self.text(column)!r} holds U+{ord(hidden):04X}, which nobody sees; type it again")
@@ -201,11 +205,17 @@ def _cells(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such manifest")
     if path.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        table = parquet.read_table(path)
-        rows = [["" if v is None else str(v) for v in row.values()] for row in table.to_pylist()]
-        return table.column_names, iter(list(enumerate(rows, 2)))
+        try:
+            with parquet.ParquetFile(path) as file:
+                table = file.read()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: no readable parquet ({error}); write the manifest again, or as csv") from None
+        # A missing number is NaN where pandas had the column.
+        columns = [["" if v is None or v != v else str(v) for v in column.to_pylist()] for column in table.columns]
+        return table.column_names, iter(list(enumerate(map(list, zip(*columns, strict=True)), 2)))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

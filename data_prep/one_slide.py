@@ -138,6 +138,8 @@ def build_slide(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Pat
         sketch = fingerprints.ProfileSketch(table)
         depth, found = writer.put_counts(sketch.watch(counts.blocks()) if counts else [], table)
         n = len(profiles)
+        if measured and not depth.any():
+            raise ValueError(f"{row.measurement}: none of its {n} profiles has a count of a gene; restore the counts")
         in_tissue = np.full(n, -1, np.int8)
         if measured and counts and measured.in_tissue is not None:
             in_tissue = measured.in_tissue[counts.rows]

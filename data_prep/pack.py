@@ -73,6 +73,7 @@ def _check_out(out: Path) -> None:
     """Raises ValueError where `out` holds anything that is no shard set: packing replaces the whole folder."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; name a new folder")
+    files.sweep(out)  # what a pack of the same set left when another overtook it
     known = {shards.MANIFEST, shards.GENES, shards.CARD, *schema.SPLITS}
     strange = {p.name for p in out.iterdir()} - known if out.is_dir() else set()
     if strange:
@@ -150,11 +151,17 @@ def pack(
         print(f"{out}: current, nothing to do")
         finish.clear(out)
         return dict(files.read_json(out / shards.MANIFEST))
-    plan = None
-    if not (job.work / shards.MANIFEST).is_file():  # it is there where the last pack ended between it and the rename
-        plan = job.plan()
-        write_pools(job, plan, range(len(plan.pools)))
-    return finished(job, plan, None)
+    try:
+        plan = None
+        if not (job.work / shards.MANIFEST).is_file():  # there where the last pack ended between it and the rename
+            plan = job.plan()
+            write_pools(job, plan, range(len(plan.pools)))
+        return finished(job, plan, None)
+    except (ValueError, OSError):
+        if not job.is_current():
+            raise
+        print(f"{out}: another pack of the same stores has just made it")  # and taken the folder away
+        return dict(files.read_json(out / shards.MANIFEST))
 
 
 def finished(job: Job, plan: Plan | None, tasks: int | None) -> dict[str, Any]:

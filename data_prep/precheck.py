@@ -1,4 +1,4 @@
-"""What a build would refuse without looking at a pixel: no alignment, no pixel size, names that are no genes.
+"""What a build would refuse without looking at a pixel: no alignment, no pixel size, no genes, no outlines of tissue.
 
 In: a manifest row, the header of its image, the files of its measurement. Out: how many profiles it has, or the
 ValueError of the build: the readers and the placing of the build itself are asked, so that both say the same. A
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import one_slide, platforms, profiles, slides
+from data_prep import one_slide, outlines, platforms, profiles, slides
 from data_prep.manifest import ManifestRow
 from data_prep.platforms import Frame, Measurement
 from storm.config import PrepConfig
@@ -22,7 +22,7 @@ FAULTS = (ValueError, OSError, EOFError, zlib.error)  # what a damaged or wrong 
 
 
 def check(row: ManifestRow, slide: slides.Header | None, found: Sequence[Path], config: PrepConfig) -> int | None:
-    """Read and place a slide's measurement as far as that is cheap.
+    """Read the user's outlines of the tissue, and read and place the measurement as far as that is cheap.
 
     Args:
         slide: header of the image; None for expression alone.
@@ -34,6 +34,8 @@ def check(row: ManifestRow, slide: slides.Header | None, found: Sequence[Path], 
     Raises:
         one of FAULTS: the build would fail.
     """
+    if row.tissue and slide:
+        outlines.read(row.tissue, (slide.width_px0, slide.height_px0))
     if row.source is None:
         return None
     reader = platforms.reader(row.reader)

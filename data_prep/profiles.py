@@ -20,6 +20,9 @@ from storm.config import PrepConfig
 
 _MAX_OUTSIDE = 0.05  # share of profiles that may lie beside the image before it is called the wrong image
 _POLYGONS = 1 << 16  # are turned into um at a time
+_MOST = 2**31 - 1  # counts of a gene in a profile
+_LARGEST_UM = 500_000.0  # no slide is half a metre wide
+_WIDEST_UM = 5_000.0  # no profile covers five mm
 _MARGIN_UM = 200.0  # around the profiles of a measurement without an image
 
 
@@ -70,7 +73,7 @@ def place(
         raise ValueError(f"{row.measurement or row.image}: {error}") from error
     size = (slide.width_px0, slide.height_px0) if slide else (0, 0)
     if measured and not slide:
-        matrix, size = _framed(measured, mpp.value)
+        matrix, size = _framed(row, measured, mpp.value)
     return Placed(mpp, matrix, source, residual, size, {**facts, "notes": [*notes, *mpp.notes]})
 
 
@@ -96,9 +99,13 @@ def _matrix(
     )
 
 
-def _framed(measured: Measurement, mpp: float) -> tuple[align.Matrix, tuple[int, int]]:
+def _framed(row: ManifestRow, measured: Measurement, mpp: float) -> tuple[align.Matrix, tuple[int, int]]:
     """Without an image: the own space moved so that all profiles lie in a frame with a margin."""
     low, high = measured.xy.min(axis=0), measured.xy.max(axis=0)
+    far_um = float((high - low).max()) * mpp
+    if not far_um <= _LARGEST_UM:
+        raise ValueError(f"{row.measurement}: its profiles lie up to {far_um / 1000:.4g} mm apart, and no slide is so "
+                         "large; correct their places, or the size of a pixel")  # fmt: skip
     margin = _MARGIN_UM / mpp
     matrix = np.eye(3)
     matrix[:2, 2] = margin - low
@@ -110,6 +117,7 @@ def _framed(measured: Measurement, mpp: float) -> tuple[align.Matrix, tuple[int,
 class GeneCounts:
     """The counts of chosen profiles over canonical genes, as a stream."""
 
+    path: Path | None  # of the measurement, for errors
     measured: Measurement
     column: npt.NDArray[np.int64]  # [K] canonical gene of each column, -1 = none
     table: genes.GeneTable
@@ -117,7 +125,11 @@ class GeneCounts:
     control: npt.NDArray[np.int64]  # [rows] counts in control columns; complete once `blocks` is exhausted
 
     def blocks(self) -> Iterator[schema.CountBlock]:
-        """Consecutive blocks; columns of one gene are summed, columns that are no gene are left out."""
+        """Consecutive blocks; columns of one gene are summed, columns that are no gene are left out.
+
+        Raises:
+            ValueError: a sum is no count that a tissue could give.
+        """
         from scipy.sparse import csr_matrix
 
         is_control = (self.column < 0) & (self.measured.column_kind != OTHER)
@@ -129,8 +141,12 @@ class GeneCounts:
             self.control[done : done + n] += np.bincount(profile[control], block.count[control], n).astype(np.int64)
             gene = self.column[block.gene]
             kept = (gene >= 0) & (block.count > 0)
-            summed = csr_matrix((block.count[kept], (profile[kept], gene[kept])), shape=(n, max(1, len(self.table))))
+            count = block.count[kept].astype(np.int64)  # of which a sum may be more than one entry can hold
+            summed = csr_matrix((count, (profile[kept], gene[kept])), shape=(n, max(1, len(self.table))))
             summed.sort_indices()
+            if summed.nnz and summed.data.max() > _MOST:
+                raise ValueError(f"{self.path}: a profile counts {summed.data.max()} of one gene, which none can; "
+                                 "restore the counts")  # fmt: skip
             yield schema.CountBlock(
                 summed.indptr.astype(np.int64), summed.indices.astype(np.int32), summed.data.astype(np.int32)
             )
@@ -202,6 +218,18 @@ def _footprints(
     return size, indptr, around
 
 
+def _check_footprints(
+    row: ManifestRow, measured: Measurement, rows: npt.NDArray[np.int64], size_um: npt.NDArray[np.float32]
+) -> None:
+    wrong = np.flatnonzero(~((size_um >= 0) & (size_um <= _WIDEST_UM)))
+    if wrong.size:
+        first = int(wrong[0])
+        raise ValueError(
+            f"{row.measurement}: {len(wrong)} profiles (as {measured.ids[int(rows[first])]!r}) cover more than "
+            f"{_WIDEST_UM / 1000:.0f} mm, which none does; correct their areas or outlines"
+        )
+
+
 def polygon_areas(indptr: npt.NDArray[np.int64], xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """[N] areas of polygons by the shoelace formula; a polygon that crosses itself counts as the formula has it."""
     if not len(xy):
@@ -233,6 +261,7 @@ def profiles_of(
             f"{placed.size_px0[1]} px); give the full-resolution image that was measured, or its alignment matrix"
         )
     size_um, polygon_indptr, polygon_um = _footprints(measured, rows, placed)
+    _check_footprints(row, measured, rows, size_um)
     none = np.zeros(0, np.int32)
     found = schema.Profiles(
         [measured.ids[r] for r in rows], xy_px0[rows] * placed.mpp.value, size_um, measured.footprint_kind[rows],
@@ -243,7 +272,7 @@ def profiles_of(
         "profiles": len(found), "genes": len(table), "mapped_share": round(mapped_share, 4),
         "controls": int(((column < 0) & (measured.column_kind != OTHER)).sum()), "notes": notes, **measured.facts,
     }  # fmt: skip
-    return found, GeneCounts(measured, column, table, rows, np.zeros(len(rows), np.int64)), facts
+    return found, GeneCounts(row.measurement, measured, column, table, rows, np.zeros(len(rows), np.int64)), facts
 
 
 def no_profiles() -> schema.Profiles:

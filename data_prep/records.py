@@ -5,7 +5,6 @@ pack knows what is complete, what failed and why. Nothing of it enters the store
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from storm import files, store
 
 SUFFIX = ".record.json"
 STATES = ("built", "failed")
+_ENDLESS = 1e18  # bytes or seconds
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _is_sound(record: Record) -> bool:
     """Whether a record holds what it says it holds: people edit files."""
 
     def counts(value: object) -> bool:
-        return isinstance(value, int | float) and 0 <= value < math.inf
+        return isinstance(value, int | float) and 0 <= value < _ENDLESS
 
     return (
         record.state in STATES

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
-from data_prep import fingerprints, manifest, progress, records, report_figures
+from data_prep import check_shards, fingerprints, manifest, progress, records, report_figures
 from data_prep.records import Record
 from data_prep.report_figures import AXES, Picture
 from storm import files, schema, shards, store
@@ -174,11 +174,15 @@ def _spans(slides: Sequence[Slide]) -> dict[str, tuple[int, int]]:
 
 
 def _shards(folder: Path) -> list[dict[str, Any]]:
-    """Counts per split of a shard set. Raises ValueError where there is none."""
+    """Counts per split of a shard set. Raises ValueError where there is none, or its manifest was changed."""
+    changed = check_shards.check_manifest(folder)
+    if changed:
+        raise ValueError(changed)
+    opened = shards.ShardSet(folder)
     return [
         {"split": split, "shards": len(entry["shards"]), "groups": entry["groups"], "profiles": entry["profiles"],
          "tiles": entry["tiles"], "size": progress.size(sum(s["bytes"] for s in entry["shards"]))}
-        for split, entry in shards.ShardSet(folder).manifest["splits"].items()
+        for split, entry in opened.manifest["splits"].items()
     ]  # fmt: skip
 
 

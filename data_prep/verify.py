@@ -89,6 +89,9 @@ def verify_shards(folder: Path, processes: int = 1) -> Verdict:
     Raises:
         ValueError: it does not open (see storm.shards.ShardSet).
     """
+    changed = check_shards.check_manifest(folder)
+    if changed:  # nothing that it tells is to be believed
+        return Verdict("shards", 0, 0, [changed])
     opened = shards.ShardSet(folder)
     unread, items = list[str](), []
     for split, entry in opened.manifest["splits"].items():
@@ -100,7 +103,7 @@ def verify_shards(folder: Path, processes: int = 1) -> Verdict:
         items += [(shard["bytes"], (split, number)) for number, shard in enumerate(entry["shards"])]
     work = check_shards.CheckShard(folder, opened.manifest)
     verdict, read = _all("shards", items, work, lambda checked: checked.faults, processes)
-    verdict.faults += unread
+    verdict.faults += unread + check_shards.check_card(folder, opened.manifest)
     if not verdict.faults:  # else what is missing has been told
         verdict.faults += check_shards.check_profiles(opened.manifest, read)
     strangers = {p.name for p in folder.iterdir()} - {shards.MANIFEST, shards.GENES, shards.CARD}

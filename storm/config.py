@@ -26,7 +26,7 @@ class Section(BaseModel):
 class PrepConfig(Section):
     """How slides become stores and stores become shards."""
 
-    tile_px: int = Field(default=224, ge=16, description="side of a tile in pixels")
+    tile_px: int = Field(default=224, ge=16, le=4096, description="side of a tile in pixels")
     tile_mpp: float = Field(default=0.5, ge=0.05, le=4.0, description="um per tile pixel")
     jpeg_quality: int = Field(default=90, ge=50, le=100)
     min_tissue: float = Field(
@@ -54,14 +54,18 @@ class PrepConfig(Section):
     max_control_share: float = Field(
         default=0.1, ge=0, le=1, description="flag profiles of whose counts a larger share are controls"
     )
-    lattice_residual_px0: float = Field(default=2.0, description="refuse a lattice fit with a larger rms residual, px")
-    lattice_anisotropy: float = Field(default=0.01, description="refuse a lattice fit whose two mpp differ by more")
+    lattice_residual_px0: float = Field(
+        default=2.0, ge=0, description="refuse a lattice fit with a larger rms residual, px"
+    )
+    lattice_anisotropy: float = Field(
+        default=0.01, ge=0, description="refuse a lattice fit whose two mpp differ by more"
+    )
     # Legacy ST's pixel positions are the printed spots as somebody saw them, not the ideal lattice: on her2st the rms
     # residual is 11-17 um of a 200 um pitch and the two mpp differ by up to 0.9 %.
-    st_residual_um: float = Field(default=30.0, description="as lattice_residual_px0, for legacy ST, um")
-    st_anisotropy: float = Field(default=0.02, description="as lattice_anisotropy, for legacy ST")
-    mpp_warn: float = Field(default=0.05, description="report mpp sources that differ by more than this share")
-    mpp_refuse: float = Field(default=0.25, description="refuse above this share unless the manifest gives mpp")
+    st_residual_um: float = Field(default=30.0, ge=0, description="as lattice_residual_px0, for legacy ST, um")
+    st_anisotropy: float = Field(default=0.02, ge=0, description="as lattice_anisotropy, for legacy ST")
+    mpp_warn: float = Field(default=0.05, ge=0, description="report mpp sources that differ by more than this share")
+    mpp_refuse: float = Field(default=0.25, ge=0, description="refuse above this share unless the manifest gives mpp")
     spots_side: int = Field(default=6, ge=1, description="a region holds about this number of spots squared")
     min_profiles: int = Field(
         default=64, ge=1, description="a group holds at least so many profiles where the slide has them"
@@ -75,7 +79,7 @@ class PrepConfig(Section):
     split_by: Literal["donor", "section"] = "donor"
     val_share: float = Field(default=0.0, ge=0, lt=1, description="of donors without a split in the manifest")
     test_share: float = Field(default=0.0, ge=0, lt=1, description="of donors without a split in the manifest")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class DataConfig(Section):

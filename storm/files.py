@@ -4,6 +4,7 @@ In: bytes, JSON values or a function that writes. Out: a file or folder under it
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _BLOCK_BYTES = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SLURM_SECONDS = 10  # for an answer; without one nothing is removed
 
 
@@ -136,6 +138,18 @@ def leftovers(folder: Path) -> list[Leftover]:
 
 
 @contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Where a disk or a quota is full, name what was being written: the system's error tells no file, or a temporary
+    one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; on success fsync it and rename it to `path`, on error remove it.
 
@@ -145,8 +159,9 @@ def replacing(path: Path) -> Iterator[Path]:
     sweep(path.parent, path.name)
     new = temporary(path)
     try:
-        yield new
-        put(new, path)
+        with _naming(path):
+            yield new
+            put(new, path)
     finally:
         if new.exists():
             new.unlink()
@@ -158,9 +173,10 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
     new = temporary(path)
-    new.mkdir()
     try:
-        yield new
+        with _naming(path):
+            new.mkdir()
+            yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -185,7 +201,12 @@ def install_folder(new: Path, path: Path) -> None:
     _sync(new)
     if path.exists():
         os.rename(path, old)
-    os.rename(new, path)
+    try:
+        os.rename(new, path)
+    except OSError:  # another process has taken `new` away: the old one stays
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        raise
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -243,7 +264,10 @@ def inside(root: Path, relative: str) -> Path:
         ValueError: naming the path and the root.
     """
     root = root.resolve()
-    path = (root / relative).resolve()
+    try:
+        path = (root / relative).resolve()
+    except (RuntimeError, ValueError) as error:  # links that lead to each other, a NUL character
+        raise ValueError(f"{relative!r} is no path ({error}); give one below {root.name!r}") from None
     if Path(relative).is_absolute() or not path.is_relative_to(root):
         raise ValueError(f"{relative!r} leaves its root {root.name!r}; give a path below that folder")
     return path

@@ -1,5 +1,6 @@
 """Durable files: complete or absent, canonical, inside their root; what dead owners left is removed, and only that."""
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from storm import files
+from storm.commands import explain
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
@@ -17,12 +19,43 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_names_what_was_written(tmp_path: Path, code: int) -> None:
+    """The system's own error tells no file, or one of a name that is gone a moment later."""
+    with pytest.raises(OSError) as caught, files.replacing(tmp_path / "a.bin"):
+        raise OSError(code, "full")
+    assert explain(caught.value).startswith(f"{tmp_path / 'a.bin'}: full; check the path, the free space")
+    with pytest.raises(OSError) as caught, files.scratch_folder(tmp_path / "b") as folder:
+        raise OSError(code, "full", str(folder / "c"))
+    assert caught.value.filename == str(tmp_path / "b")
+    with pytest.raises(OSError) as caught, files.scratch_folder(tmp_path / "b"):
+        raise OSError(errno.EIO, "damaged", "slide.svs")
+    assert caught.value.filename == "slide.svs"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupted_folder_leaves_the_old_one(tmp_path: Path) -> None:
     files.write_bytes(tmp_path / "set" / "old", b"1")
     with pytest.raises(ValueError, match="stop"), files.replacing_folder(tmp_path / "set") as folder:
         (folder / "new").write_bytes(b"2")
         raise ValueError("stop")
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["set", "set/old"]
+
+
+def test_a_new_folder_that_vanishes_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_bytes(tmp_path / "set" / "old", b"1")
+    files.write_bytes(tmp_path / "new" / "file", b"2")
+    rename = os.rename
+
+    def overtaken(source: Path, target: Path) -> None:
+        if source == tmp_path / "new":
+            raise FileNotFoundError(2, "gone", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    with pytest.raises(FileNotFoundError):
+        files.install_folder(tmp_path / "new", tmp_path / "set")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*old*")) == ["set/old"]
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from data_prep.packing import manifest as describe
 from data_prep.packing import write
 from data_prep.packing.card import dataset_card
 from data_prep.packing.plan import Plan
@@ -64,15 +65,17 @@ def finish(work: Path, out: Path, plan: Plan | None) -> dict[str, Any]:
         table = genes.GeneTable.read(work / shards.GENES)
         card = dataset_card(manifest, len(table), PrepConfig().model_dump())
         files.write_bytes(work / shards.CARD, card.encode())
+        manifest["card_sha256"] = files.sha256_of(card.encode())
+        manifest["sha256"] = describe.digest(manifest)
         files.write_json(work / shards.MANIFEST, manifest)
     wanted = {shards.MANIFEST, shards.GENES, shards.CARD, *schema.SPLITS}
     for path in work.iterdir():
         if path.name not in wanted:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     for folder in (path for path in work.iterdir() if path.is_dir()):
         for path in folder.iterdir():
             if path.name != shards.INDEX and not path.name.endswith(".tar"):
-                path.unlink()
+                path.unlink(missing_ok=True)  # another pack of the same set may finish it, too
     files.install_folder(work, out)
     clear(out)
     return dict(files.read_json(out / shards.MANIFEST))
@@ -88,7 +91,7 @@ def is_current(out: Path, fingerprint: str) -> bool:
     written = (out / shards.MANIFEST).stat().st_mtime_ns
     try:
         opened = shards.ShardSet(out)
-        if opened.manifest["plan"] != fingerprint:
+        if opened.manifest["plan"] != fingerprint or opened.manifest["sha256"] != describe.digest(opened.manifest):
             return False
         for split, entry in opened.manifest["splits"].items():
             opened.index(split)

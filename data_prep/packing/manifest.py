@@ -39,6 +39,11 @@ def prep(config: PrepConfig) -> dict[str, Any]:
     return values
 
 
+def digest(manifest: dict[str, Any]) -> str:
+    """A hash of a shard manifest but for its entry `sha256`, which holds it."""
+    return files.sha256_of(files.dump_json({key: value for key, value in manifest.items() if key != "sha256"}))
+
+
 def fingerprint(sources: Sequence[Source], held: Held, config: PrepConfig, missing: int) -> str:
     """A hash of all that a shard set is a function of; it tells how many slides were `missing`."""
     facts = {

@@ -21,6 +21,7 @@ from data_prep import progress, vocabulary, workers
 from data_prep.packing import groups
 from data_prep.packing.sources import Source
 from storm import files, genes, schema, store
+from storm.commands import explain
 from storm.config import PrepConfig
 
 _SLIDES, _DONORS = 32, 64  # per process and message
@@ -155,9 +156,7 @@ class _Numbered:
         except ValueError as error:
             return item[0], error
         except OSError as error:
-            return item[0], ValueError(
-                f"{error.filename or 'a file'}: {error.strerror or error}; check the file system"
-            )
+            return item[0], ValueError(explain(error))
 
 
 def _died(item: tuple[int, Any], reason: str) -> tuple[int, Any]:

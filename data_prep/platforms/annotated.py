@@ -116,8 +116,9 @@ def element(root: Any, name: str) -> Any:
         node(root, f"{name}/{child}")
     if isinstance(found, h5py.Dataset) and isinstance(found.attrs.get("categories"), h5py.Reference):
         return root[found.attrs["categories"]][...][found[...]]  # a categorical as anndata 0.7 wrote it
-    if _text(found.attrs.get("encoding-type", "")) not in _ELEMENTS:
-        raise KeyError(f"{name} is stored as {found.attrs['encoding-type']}, which is not read")
+    form = tuple(_text(found.attrs.get(f"encoding-{what}", "")) for what in ("type", "version"))
+    if form[0] not in _ELEMENTS or bool(form[0]) != bool(form[1]):
+        raise KeyError(f"{name} is stored as {' '.join(form)}, which is not read")
     return read_elem(found)
 
 

@@ -69,7 +69,7 @@ def lines(path: Path) -> list[str]:
             data = handle.read(_TEXT_BYTES + 1)
         if len(data) > _TEXT_BYTES:
             raise ValueError(f"more than {_TEXT_BYTES >> 20} MiB")
-        text = data.decode()
+        text = data.decode("utf-8-sig")  # spreadsheets put a mark before the first line
     except _DAMAGE as error:
         raise ValueError(f"{path}: not readable as text ({error}); {_CURE}") from error
     rows = text.replace("\r\n", "\n").removesuffix("\n").split("\n")  # splitlines breaks at more than line breaks

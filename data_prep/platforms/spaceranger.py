@@ -9,7 +9,6 @@ content, not by its name.
 
 import csv
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from data_prep.platforms.tenx import Matrix
 
 COLUMNS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
 MAX_STRANGERS = 0.05  # share of a matrix's barcodes that may lack a position before it is called the wrong section
+_ENDLESS = 1e9  # px or um: no length of a slide
 _CURE = "restore it from Space Ranger's outs"
 # What a barcode is beside a sample's name before or after it: bases, a bin, a cell; and the number of its well.
 _BARCODE = (
@@ -89,7 +89,7 @@ def _from_parquet(path: Path) -> Positions:
             raise ValueError(f"{path}: has blank cells; {_CURE}")
         barcodes = table["barcode"].cast(pa.string()).combine_chunks()
         in_tissue, row, col, y, x = (table[name].cast(pa.float64()).to_numpy() for name in COLUMNS[1:])
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no readable parquet ({error}); {_CURE}") from error
     return Positions(barcodes, (in_tissue == 1).astype(np.int8), np.column_stack([col, row]), np.column_stack([x, y]))
 
@@ -180,7 +180,7 @@ def scale_factors(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: holds no names with numbers; {_CURE}")
     for name in ("spot_diameter_fullres", "bin_size_um", "microns_per_pixel"):
         value = scale.get(name)
-        if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
+        if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _ENDLESS):
             continue
         raise ValueError(f"{path}: {name} is no positive number; {_CURE}")
     return scale

@@ -277,7 +277,7 @@ class _Panel:
         found_: dict[str, bool] = {}
         low = total = 0
         for batch in tabular.batches(self.path, ("qv", *told), ("feature_name",)):
-            low, total = low + int((batch.numbers["qv"] < MIN_QV).sum()), total + len(batch.numbers["qv"])
+            low, total = low + int((~(batch.numbers["qv"] >= MIN_QV)).sum()), total + len(batch.numbers["qv"])
             word = batch.words["feature_name"]
             genes_ = np.zeros(len(word.names), bool)
             genes_[word.code[batch.numbers["is_gene"] == 1] if told else slice(None)] = True

@@ -14,6 +14,7 @@ import tifffile
 from data_prep import manifest, one_slide, pack, platforms, profiles, records, wanted
 from storm import files, store
 from storm.config import PrepConfig
+from tests.data_prep.slides.images import damage, write_tiles
 from tests.data_prep.vendors import (
     MPP,
     SYMBOLS,
@@ -169,6 +170,22 @@ def test_faults_are_listed_and_the_rest_goes_on(built: Built, corpus: Path, tmp_
     write_manifest(path, rows[:1])
     assert built("max_image_mpx=1", manifest=path)[0] == 0
     assert records.read(folder, "good").state == "built"  # type: ignore[union-attr]
+
+
+def test_a_tile_that_does_not_decode_is_dropped_and_recorded(built: Built, corpus: Path) -> None:
+    whole, hurt = (corpus / "images" / f"{name}.tif" for name in ("whole", "hurt"))
+    for path in (whole, hurt):
+        write_tiles(path, [np.ascontiguousarray(tissue(448, 896)[:, :448])], "jpeg rgb")
+    damage(hurt, 7)  # of 7 in a row, each of 64 px: x 0 to 64, y 64 to 128
+    rows = [{"slide_id": p.stem, "image": f"images/{p.name}", "platform": "image", "mpp": "1"} for p in (whole, hurt)]
+    code, folder = built("max_failed_tiles=0.2", manifest=write_manifest(corpus / "two.csv", rows))
+    assert code == 0
+    good, bad = opened(folder, "whole"), opened(folder, "hurt")
+    assert (good.info.facts["failed_tiles"], bad.info.facts["failed_tiles"]) == ([], [[0, 0], [1, 0]])
+    assert "2 tiles do not decode and are left out" in bad.info.facts["notes"]
+    assert good.tile_index.keys() - bad.tile_index.keys() == {(0, 0), (1, 0)}
+    for place, i in bad.tile_index.items():  # the others are as if nothing had happened
+        assert bad.jpeg(i) == good.jpeg(good.tile_index[place])
 
 
 def test_an_internal_fault_stops_one_slide_alone(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,3 +186,36 @@ def test_check_says_what_it_checks(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         manifest.main(["check", "--help"])
     assert "Validate a manifest as text" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_accent_typed_on_two_machines_is_one_donor(tmp_path: Path) -> None:
+    rows = [{**GOOD, "donor": "Ren\u00e9", "split": "train"},
+            {**GOOD, "slide_id": "b", "donor": "Rene\u0301", "split": "test"}]  # fmt: skip
+    (fault,) = faults(write_manifest(tmp_path / "m.csv", rows))
+    assert "donor 'Ren\u00e9' of study 's1' is in test here and in train on line 2" in fault
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1 and no more PAR1", b"slide_id,image\n"])
+def test_a_parquet_manifest_that_is_none(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "m.parquet").write_bytes(data)
+    (fault,) = faults(tmp_path / "m.parquet")
+    assert fault.startswith(f"{tmp_path / 'm.parquet'}: no readable parquet (")
+    assert fault.endswith("write the manifest again, or as csv")
+
+
+def test_columns_of_parquet_that_come_twice_and_numbers_that_are_missing(tmp_path: Path) -> None:
+    row = dict.fromkeys(HEADER, "x") | GOOD | {"measurement": None, "species": "human"}
+    table = pa.table({k: pa.array([v], pa.string()) for k, v in row.items()} | {"mpp": pa.array([float("nan")])})
+    parquet.write_table(table, tmp_path / "m.parquet")
+    assert manifest.read(tmp_path / "m.parquet")[0].mpp is None
+    parquet.write_table(table.append_column("donor", table["donor"]), tmp_path / "m.parquet")
+    assert faults(tmp_path / "m.parquet") == [f"{tmp_path / 'm.parquet'}: line 1: column donor comes twice"]
+
+
+def test_a_path_that_leads_nowhere_is_a_fault_of_its_line(tmp_path: Path) -> None:
+    (tmp_path / "loop.tif").symlink_to("loop.tif")
+    rows = [{**GOOD, "image": name, "slide_id": f"s{i}"} for i, name in enumerate(("loop.tif", "a\0b.tif"))]
+    assert manifest.main(["check", str(write_manifest(tmp_path / "m.csv", rows))]) == 2
+    found = faults(tmp_path / "m.csv")
+    assert "line 3, column image: 'a\\x00b.tif' is no path (embedded null byte); give one below" in found[-1]
+    assert len(found) == 1 or "line 2, column image: 'loop.tif' is no path" in found[0]  # Python 3.13 asks no further

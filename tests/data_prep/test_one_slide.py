@@ -1,11 +1,13 @@
-"""one_slide: a measurement on an image that shows no tissue under it is told."""
+"""one_slide: a measurement on an image that shows no tissue is told; one without counts, or with too many, refused."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from storm.store import SlideStore, store_path
+from tests.data_prep.platforms.helpers import edit
 from tests.data_prep.vendors import write_tiff
 
 
@@ -22,3 +24,27 @@ def test_profiles_on_bare_glass_are_a_warning(corpus: Path, built: Callable[...,
         "WARNING: 100% of the profiles lie where the image shows no tissue; is it the image that was measured, and are "
         "they aligned?"
     ]
+
+
+def test_a_measurement_without_a_single_count_is_refused(
+    corpus: Path, built: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(corpus / "v" / "outs" / "filtered_feature_bc_matrix.h5", "data", np.zeros_like)
+    code, folder = built()
+    assert code == 1
+    assert "v: outs: none of its 64 profiles has a count of a gene; restore the counts" in capsys.readouterr().out
+    assert not store_path(folder, "v").exists()
+
+
+def test_counts_whose_sum_no_tissue_has_are_refused(
+    corpus: Path, built: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two columns of one gene: the sum would come round to a negative number."""
+    path = corpus / "v" / "outs" / "filtered_feature_bc_matrix.h5"
+    edit(path, "data", lambda data: np.full_like(data, 2**30))
+    for name in ("id", "name"):
+        edit(path, f"features/{name}", lambda names: np.where(np.arange(len(names)) < 5, b"TP53", names))
+    code, _ = built()
+    assert code == 1
+    assert "outs: a profile counts " in (told := capsys.readouterr().out)
+    assert "of one gene, which none can; restore the counts" in told

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -348,3 +349,24 @@ def test_a_slide_that_memory_does_not_hold_is_packed_alike(
         return {row.tobytes() for split in opened.manifest["splits"] for row in opened.index(split).sha256}
 
     assert spans(tmp_path / "out") == spans(tiny_shards)
+
+
+def test_two_packs_of_one_set_at_once_end_with_one_set(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--store", str(tiny_store), "--out", str(tmp_path / "out"), "--config", str(PREP_TINY)]
+    written = pack.write_pools
+
+    def overtaken(*given: Any) -> int:
+        monkeypatch.setattr(pack, "write_pools", written)
+        assert pack.main(words) == 0  # the other one ends first, and the folder in which both work is gone
+        return written(*given)
+
+    monkeypatch.setattr(pack, "write_pools", overtaken)
+    assert pack.main(words) == 0
+    assert "another pack of the same stores has just made it" in capsys.readouterr().out
+    left = tmp_path / "out" / f".manifest.json.{files._host()}.0r0.4194305.1.0123abcd.tmp"  # of no process that can be
+    left.write_bytes(b"")
+    assert pack.main(words) == 0
+    assert not left.exists()
+    assert shards.verify(tmp_path / "out") == []

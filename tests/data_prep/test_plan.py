@@ -214,6 +214,8 @@ def test_too_little_room_is_a_fault(
     out = capsys.readouterr().out
     assert "left of your quota: 1.0 kB, 90 files: TOO LITTLE for the stores" in out
     assert "someone" not in out
+    (tools / "quota").write_text(f"#!/bin/sh\necho '{device} 900* 800 901 6days 10 100 0 none'\n")  # of another make
+    assert cost.room(tmp_path).quota_bytes is None
     (tools / "quota").write_text("#!/bin/sh\necho 'Disk quotas for user someone (uid 1): none'\nexit 1\n")
     assert cost.room(tmp_path).quota_bytes is None
     assert run(corpus / "manifest.csv", tmp_path)[0] == 0

@@ -104,3 +104,11 @@ def test_counts_of_another_image_and_a_file_that_is_strange(tmp_path: Path) -> N
     with h5py.File(outs / "filtered_feature_bc_matrix.h5", "a") as root:
         del root["matrix/features"]
     assert len(faults(ManifestRow("v", image, outs, "visium"), tmp_path)) == 1
+
+
+def test_outlines_that_are_none_are_found_before_the_build(tmp_path: Path) -> None:
+    image = write_tiff(tmp_path / "he.tif", tissue(400, 400), mpp=0.5)
+    row = ManifestRow("x", image, tissue=image)
+    assert faults(row, tmp_path) == [
+        f"{image}: is no GeoJSON (UnicodeDecodeError); export the annotations from QuPath as GeoJSON"
+    ]

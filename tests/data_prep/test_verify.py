@@ -8,11 +8,13 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data_prep import records, verify
+from data_prep.packing import manifest as describe
 from storm import files, shards, store
 
 SPLIT = "train"
@@ -208,6 +210,11 @@ def test_damaged_shards_are_named(packed: Path, damage: Callable[[Path], None], 
         assert any(part in fault for fault in found), found
 
 
+def sign(packed: Path, manifest: dict[str, Any]) -> None:
+    """Write a changed manifest with the hash that fits it."""
+    files.write_json(packed / shards.MANIFEST, manifest | {"sha256": describe.digest(manifest)})
+
+
 def repack(packed: Path, change: Callable[[list], None]) -> None:
     """Write the groups of a split again, changed, with hashes that hold."""
     opened = shards.ShardSet(packed)
@@ -224,7 +231,7 @@ def repack(packed: Path, change: Callable[[list], None]) -> None:
     opened.manifest["splits"][SPLIT] = shards.join_split(packed / SPLIT, [sidecar])
     shards.sidecar_path(packed / SPLIT, 0).unlink()
     (packed / "scratch").rmdir()
-    files.write_json(packed / shards.MANIFEST, opened.manifest)
+    sign(packed, opened.manifest)
 
 
 def lose_a_profile(groups: list) -> None:
@@ -268,8 +275,33 @@ def test_an_index_against_its_tars(packed: Path, name: str, change: Callable, fa
     index.save(path)
     manifest = files.read_json(packed / shards.MANIFEST)
     manifest["splits"][SPLIT]["index_sha256"] = files.sha256_file(path)
-    files.write_json(packed / shards.MANIFEST, manifest)
+    sign(packed, manifest)
     assert fault in verify.verify(packed).faults[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: next(iter(m["slides"].values())).update(donor="someone else"), lambda m: m["prep"].update(seed=9),
+     lambda m: m.update(splits=7), lambda m: m["splits"][SPLIT].update(shards="x"), lambda m: m.pop("sha256")],
+    ids=["donor", "config", "splits", "shards", "hash"],
+)  # fmt: skip
+def test_a_manifest_that_was_changed_is_a_fault(
+    packed: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict], Any]
+) -> None:
+    manifest = files.read_json(packed / shards.MANIFEST)
+    change(manifest)
+    files.write_json(packed / shards.MANIFEST, manifest)
+    assert verify.main([str(packed)]) == 1
+    assert "manifest.json: is not as it was packed (sha256); restore it or pack again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("data", "fault"), [(b"# nothing", "its sha256 is not that of"), (None, "missing")])
+def test_a_card_that_was_changed_is_a_fault(packed: Path, data: bytes | None, fault: str) -> None:
+    (packed / shards.CARD).unlink()
+    if data:
+        (packed / shards.CARD).write_bytes(data)
+    (found,) = verify.verify(packed).faults
+    assert found.startswith(f"README.md: {fault}")
 
 
 def test_what_is_no_part_of_a_set_is_noted(packed: Path) -> None:

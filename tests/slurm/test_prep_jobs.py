@@ -85,7 +85,8 @@ def test_a_damaged_slide_fails_its_task_and_is_all_that_is_built_again(
     (task,) = [k for k, names in enumerate(files.read_json(tmp_path / "plan.json")["tasks"]) if names == ["s2"]]
     elsewhere = tmp_path / "elsewhere"  # paths among the words start here
     words = ("--", "../data/manifest.csv", "--store", "../stores", "--plan", "../plan.json", *TILES)
-    job = submitted(cluster, elsewhere, "prep.sbatch", CPU, *words)
+    job = submitted(cluster, elsewhere, "prep.sbatch", CPU, *words, STORM_THROTTLE="3")
+    assert "ArrayTaskThrottle=3" in cluster.run("scontrol", "show", "job", job, cwd=elsewhere).stdout
     after, packing = f"--dependency=afterany:{job}", ("--store", "../stores", "--manifest", table, *TILES)
     refused = submitted(cluster, elsewhere, "pack.sbatch", CPU, after, "--", *packing, "--out", "../no")
     packed = submitted(

@@ -234,7 +234,8 @@ def put(name: str, value: Any) -> Callable[[h5py.File], None]:
         (put("X", h5py.ExternalLink("other.h5", "/X")), "X is a link"),
         (lambda r: r["X"].attrs.__setitem__("shape", [40, 6]), "X is 40 x 6, but there are 40 obs_names and 5"),
         (lambda r: r["X"].attrs.__setitem__("encoding-type", "coo_matrix"), "X is stored as coo_matrix"),
-        (lambda r: r["obsm/spatial"].attrs.__setitem__("encoding-type", "rec"), "stored as rec, which is not read"),
+        (lambda r: r["obsm/spatial"].attrs.__setitem__("encoding-type", "rec"), "stored as rec 0.2.0, which is not"),
+        (lambda r: r["obs/_index"].attrs.__delitem__("encoding-version"), "stored as string-array , which is not read"),
     ],
 )  # fmt: skip
 def test_damaged_files(tmp_path: Path, change: Callable[[h5py.File], None], message: str) -> None:

@@ -67,6 +67,16 @@ def test_a_header_is_told_by_content_not_by_name(tmp_path: Path, name: str, head
     np.testing.assert_allclose(read(outs).xy[0], [60 / MPP, 80 / MPP])
 
 
+@pytest.mark.parametrize("header", [True, False])
+def test_a_spreadsheets_mark_before_the_first_line_is_no_part_of_it(tmp_path: Path, header: bool) -> None:
+    outs = write_visium(tmp_path, header=header)
+    expected = read(outs)
+    (outs / CSV).write_bytes(b"\xef\xbb\xbf" + (outs / CSV).read_bytes().replace(b"\n", b"\r\n"))
+    found = read(outs)
+    assert (found.ids, found.notes) == (expected.ids, expected.notes)
+    np.testing.assert_array_equal(found.xy, expected.xy)
+
+
 def test_a_header_names_its_columns(tmp_path: Path) -> None:
     outs = write_visium(tmp_path)
     expected = read(outs).xy
@@ -226,6 +236,7 @@ def test_duplicate_genes_are_summed_and_antibodies_dropped_on_the_way_to_the_sto
         (JSON, '{"spot_diameter_fullres": "wide"}', "spot_diameter_fullres is no positive number"),
         (JSON, '{"spot_diameter_fullres": -3}', "spot_diameter_fullres is no positive number"),
         (JSON, '{"spot_diameter_fullres": NaN}', "spot_diameter_fullres is no positive number"),
+        (JSON, '{"spot_diameter_fullres": 1%s}' % ("0" * 400), "spot_diameter_fullres is no positive number"),
         (H5, "no h5", "no readable 10x matrix"),
         (H5, None, "has no matrix"),
         (CSV, None, "has no positions"),

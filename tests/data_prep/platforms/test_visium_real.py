@@ -72,10 +72,14 @@ def test_real_section_whose_positions_lack_a_barcode(real_data: Path) -> None:
 
 
 def test_a_square_grid_is_no_visium_lattice_and_needs_its_mpp_told(real_data: Path) -> None:
+    import pandas as pd
+
     outs = real_data / "msti_human_outs" / "outs"
     found = read(outs)  # barcodes of 16 bases, without -1
     assert (len(found.ids), len(found.names)) == (2172, 36601)
     assert sum(int(block.count.sum()) for block in found.counts(np.arange(2172))) == 1720934
+    table = pd.read_csv(outs / "spatial" / "tissue_positions_list.csv", header=None, index_col=0)
+    np.testing.assert_allclose(found.xy, table.loc[found.ids, [5, 4]], rtol=1e-12)
     row = row_of(outs)
     with pytest.raises(ValueError, match=r"two pixel sizes, 73\.2 % apart .*check the spots, or give mpp in the manif"):
         place(row, None, found, PrepConfig())

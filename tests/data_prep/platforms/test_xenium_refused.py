@@ -10,8 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_prep.manifest import ManifestRow
 from data_prep.platforms import xenium
+from data_prep.profiles import place, profiles_of
 from data_prep.synthetic.xenium import write_alignment
+from storm.config import PrepConfig
 from tests.data_prep.platforms.helpers import dense
 from tests.data_prep.platforms.xenium_files import CELLS, source
 
@@ -197,3 +200,27 @@ def test_discs_are_refused(bundle: Path) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none: is no folder; give the folder that the Xenium instrument"):
         xenium.inputs(source(tmp_path / "none"))
+
+
+def placed(folder: Path) -> None:
+    row = ManifestRow("x", None, folder, "xenium")
+    measured = xenium.read(source(folder))
+    profiles_of(row, measured, place(row, None, measured, PrepConfig()), PrepConfig())
+
+
+@pytest.mark.parametrize("where_um", [1e6, -1e9, 1e30])
+def test_a_cell_far_off_every_slide(bundle: Path, where_um: float) -> None:
+    """Without an image there is no frame that it could lie beside: the frame would be made to hold it."""
+    on_table("cells.parquet", lambda t: t.assign(x_centroid=[where_um, *t["x_centroid"][1:]]))(bundle)
+    with pytest.raises(
+        ValueError, match=r"its profiles lie up to \S+ mm apart, and no slide is so large; correct thei"
+    ):
+        placed(bundle)
+
+
+def test_a_cell_larger_than_any_profile(bundle: Path) -> None:
+    """Its footprint would be searched for tiles for ever."""
+    removed("cell_boundaries.parquet")(bundle)
+    on_table("cells.parquet", lambda t: t.assign(cell_area=[1e30, *t["cell_area"][1:]]))(bundle)
+    with pytest.raises(ValueError, match=r"1 profiles \(as 'aaaaaaaa-1'\) cover more than 5 mm, which none does"):
+        placed(bundle)

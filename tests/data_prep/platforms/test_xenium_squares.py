@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -60,3 +61,13 @@ def test_squares_on_a_turned_image_are_told(bundle: Path) -> None:
     write_alignment(bundle / "he_imagealignment.csv", matrix)
     notes = xenium.read(source(bundle, unit="square16um")).notes
     assert "the squares are turned by 10 degrees on the image; their footprints stay upright" in notes
+
+
+def test_transcripts_without_a_qv_are_counted_among_those_left_out(bundle: Path) -> None:
+    before = xenium.read(source(bundle, unit="square16um")).notes[0]
+    table = pd.read_parquet(bundle / "transcripts.parquet")
+    good = table.index[table["qv"] >= 20][:3]
+    table.loc[good, "qv"] = np.nan
+    table.to_parquet(bundle / "transcripts.parquet")
+    found = xenium.read(source(bundle, unit="square16um")).notes[0]
+    assert int(found.split()[0]) == int(before.split()[0]) + 3
