@@ -112,7 +112,9 @@ class TiffSlide(Pyramid):
             pixels = cv2.resize(pixels, small.shape[1::-1], dst=small, interpolation=cv2.INTER_AREA)
             if memory is not None:
                 self._cache.give(memory)
-        self._cache.put((level, index, step, mean), pixels)
+        both = step * mean
+        across, down = min(width, layout.width_px - col * width), min(height, layout.height_px - row * height)
+        self._cache.put((level, index, step, mean), pixels, -(-across // both) * -(-down // both))
         return pixels
 
     def _steps(self, level: int, x: int, y: int, w: int, h: int, out: tuple[int, int]) -> tuple[int, int]:
@@ -141,10 +143,11 @@ class TiffSlide(Pyramid):
             from_y, to_y = max(y0, row * height), min(y1, (row + 1) * height)
             for col in range(x0 // width, math.ceil(x1 / width)):
                 from_x, to_x = max(x0, col * width), min(x1, (col + 1) * width)
-                pixels = self._segment(level, row * layout.cols + col, step, mean)
-                canvas[from_y - top : to_y - top, from_x - left : to_x - left] = pixels[
+                key = (level, row * layout.cols + col, step, mean)
+                canvas[from_y - top : to_y - top, from_x - left : to_x - left] = self._segment(*key)[
                     from_y - row * height : to_y - row * height, from_x - col * width : to_x - col * width
                 ]
+                self._cache.used(key, (to_y - from_y) * (to_x - from_x))
         return Part(canvas, left * both, top * both, both)
 
 
