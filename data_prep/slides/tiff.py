@@ -136,7 +136,9 @@ class TiffSlide(Pyramid):
         height, width = (side // both for side in layout.segment_px)
         x0, x1 = max(left, 0), min(right, -(-layout.width_px // both))
         y0, y1 = max(top, 0), min(bottom, -(-layout.height_px // both))
-        canvas = np.empty((bottom - top, right - left, 3), np.uint8)
+        # What will be resampled is, in floats; bytes become such as they are copied.
+        whole = both > 1 or (w % out[1] == 0 and h % out[0] == 0)
+        canvas = np.empty((bottom - top, right - left, 3), np.uint8 if whole else np.float32)
         if (x0, y0, x1, y1) != (left, top, right, bottom):
             canvas.fill(255)
         for row in range(y0 // height, math.ceil(y1 / height) if x1 > x0 else 0):
