@@ -4,8 +4,8 @@
     python -m data_prep.benchmark packing --store STORE         packing and verifying (benchmark_packing.py)
 
 In: synthetic slides that it writes itself, and slides of the user's. Out: Markdown tables. All that is compared is
-measured in one run, in turns, several times; medians are told, and rates are per second of processor time, so that
-others on the machine disturb them little.
+measured in one run, in turns, several times; medians are told, of ratios those within a turn, and rates are per second
+of processor time, so that others on the machine disturb them little.
 
 * plain: a loop over the grid as anyone would write it: OpenSlide's read_region, RGB, resize, JPEG.
 * ours: the same tiles by Slide.read, in the order of a build.
@@ -187,22 +187,30 @@ def _level(slide: TiffSlide, ratio: float) -> tuple[int, segments.Layout]:
     return level, slide.layouts[level]
 
 
-def speeds(case: Case, repeats: int) -> dict[str, float]:
-    """Median tiles per second of processor time, of each way; the opening of the slide is not in it."""
-    ways = {"plain": _plain, "ours": _ours, "limit": _limit}
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+_WAYS: dict[str, Callable[[Case], Callable[[], int]]] = {"plain": _plain, "ours": _ours, "limit": _limit}
+
+
+def speeds(case: Case, repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median tiles per second of processor time, of each way, and how many times that of another way ours is.
+
+    The opening of the slide is not in it.
+    """
+    turns: list[dict[str, float]] = []
     for _ in range(repeats):
-        for name, way in ways.items():
+        turns.append({})
+        for name, way in _WAYS.items():
             run = way(case)
             start = time.process_time()
             tiles = run()
-            rates[name].append(tiles / (time.process_time() - start))
-    return {name: statistics.median(values) for name, values in rates.items()}
+            turns[-1][name] = tiles / (time.process_time() - start)
+    rates = {name: statistics.median(turn[name] for turn in turns) for name in _WAYS}
+    ratios = {name: statistics.median(turn["ours"] / turn[name] for turn in turns) for name in ("plain", "limit")}
+    return rates, ratios
 
 
-def _loop(case: Case, repeats: int, barrier: Barrier, sender: Connection) -> None:
+def _loop(way: str, case: Case, repeats: int, barrier: Barrier, sender: Connection) -> None:
     cv2.setNumThreads(1)
-    runs = [_ours(case) for _ in range(repeats)]
+    runs = [_WAYS[way](case) for _ in range(repeats)]
     barrier.wait()
     start, busy = time.perf_counter(), time.process_time()
     for run in runs:
@@ -210,27 +218,36 @@ def _loop(case: Case, repeats: int, barrier: Barrier, sender: Connection) -> Non
     sender.send((time.perf_counter() - start, time.process_time() - busy))
 
 
-def scaling(case: Case, repeats: int) -> tuple[float, float]:
+def _at_once(way: str, case: Case, workers: int) -> tuple[float, float]:
+    """Seconds by the clock and of processor time, of the slowest of some processes."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(workers)
+    pipes = [context.Pipe(duplex=False) for _ in range(workers)]
+    running = [context.Process(target=_loop, args=(way, case, 3, barrier, sender)) for _, sender in pipes]
+    for process in running:
+        process.start()
+    told = [receiver.recv() for receiver, _ in pipes]
+    for process in running:
+        process.join()
+    return max(wall for wall, _ in told), max(busy for _, busy in told)
+
+
+def scaling(case: Case, repeats: int) -> dict[str, tuple[float, float]]:
     """How many times the tiles per second of one process two of them give: by the clock, and by processor time.
 
-    By the clock the quickest repeats count: two processes on two cores feel everyone else on the machine. By processor
-    time only what they take from each other is seen: memory, caches.
+    Of ours, and of the limit, which shares nothing: what that misses, the machine does not give. By the clock the
+    quickest repeats count: two processes on two cores feel everyone else on the machine. By processor time only what
+    they take from each other is seen: memory, caches.
     """
-    context = multiprocessing.get_context("spawn")
-    seconds: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    seconds: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for _ in range(repeats):
-        for workers, found in seconds.items():
-            barrier = context.Barrier(workers)
-            pipes = [context.Pipe(duplex=False) for _ in range(workers)]
-            running = [context.Process(target=_loop, args=(case, 3, barrier, sender)) for _, sender in pipes]
-            for process in running:
-                process.start()
-            told = [receiver.recv() for receiver, _ in pipes]
-            found.append((max(wall for wall, _ in told), max(busy for _, busy in told)))
-            for process in running:
-                process.join()
-    wall, busy = ([min(at[i] for at in seconds[workers]) for workers in (1, 2)] for i in (0, 1))
-    return 2 * wall[0] / wall[1], 2 * busy[0] / busy[1]
+        for way in ("ours", "limit"):
+            for workers in (1, 2):
+                seconds.setdefault((way, workers), []).append(_at_once(way, case, workers))
+    best = {name: [min(one) for one in zip(*found, strict=True)] for name, found in seconds.items()}
+    return {
+        way: (2 * best[way, 1][0] / best[way, 2][0], 2 * best[way, 1][1] / best[way, 2][1]) for way in ("ours", "limit")
+    }
 
 
 def _walk(case: Case, blocks: int) -> None:
@@ -272,16 +289,15 @@ def images(given: Sequence[Path], repeats: int, sizes_k: Sequence[int]) -> None:
         cases = [case for path in given for case in _given(path)] + synthetic_cases(folder)
         rows = []
         for case in cases:
-            found = speeds(case, repeats)
-            ratios = [found["ours"] / found["plain"], found["ours"] / found["limit"]]
-            rates = [f"{found[way]:.0f}" for way in ("plain", "ours", "limit")]
-            rows.append([case.name, *rates, *(f"{ratio:.2f}" for ratio in ratios)])
+            rates, ratios = speeds(case, repeats)
+            told = [f"{rates[way]:.0f}" for way in _WAYS]
+            rows.append([case.name, *told, *(f"{ratio:.2f}" for ratio in ratios.values())])
         head = ["tiles of 224 px", "plain /s", "ours /s", "limit /s", "ours / plain", "ours / limit"]
         print(_table(head, rows), flush=True)
-        wall, busy = scaling(cases[-3], repeats)
-        load = os.getloadavg()[0]
-        print(f"Two processes: {wall:.2f} times one by the clock (load {load:.1f} on {os.cpu_count()} cores), ", end="")
-        print(f"{busy:.2f} by processor time.\n", flush=True)
+        found = scaling(cases[-3], repeats)
+        head = [f"two processes, times one (load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)", *found]
+        rows = [[by, *(f"{of[i]:.2f}" for of in found.values())] for i, by in enumerate(["clock", "processor time"])]
+        print(_table(head, rows), flush=True)
         encoded = _segments(_texture(_TEXTURE_PX, 0.25), _jpeg)
         rows = []
         for k in sizes_k:

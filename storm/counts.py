@@ -80,12 +80,15 @@ class CountReader:
 
     def _copy(self, runs: Rows, gene: Ints, count: Ints) -> None:
         """Fill the counts of runs (start, end, place in the answer), by start, so that each chunk is come to once."""
+        held, genes, counts = -1, gene, count
         for at, end, to in runs.tolist():
             while at < end:
                 k, inside = divmod(at, CHUNK)
+                if k != held:
+                    held, genes, counts = k, self._chunk("gene", k), self._chunk("count", k)
                 size = min(end - at, CHUNK - inside)
-                gene[to : to + size] = self._chunk("gene", k)[inside : inside + size]
-                count[to : to + size] = self._chunk("count", k)[inside : inside + size]
+                gene[to : to + size] = genes[inside : inside + size]
+                count[to : to + size] = counts[inside : inside + size]
                 at, to = at + size, to + size
 
     def _gather(self, entries: Rows, gene: Ints, count: Ints) -> None:

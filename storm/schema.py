@@ -13,6 +13,8 @@ One sample of a shard, key = text before the first dot:
 import io
 import json
 import re
+import struct
+import zlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -213,11 +215,43 @@ def check_slide_id(slide_id: str) -> str:
     return slide_id
 
 
+# Of a zip: the head of a member and its sizes, its entry in the list at the end, the end.
+_MEMBER, _SIZES = struct.Struct("<4s5H3I2H"), struct.Struct("<2H2Q")
+_ENTRY, _END = struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s4H2IH")
+_VERSION, _DAY, _MODE = 45, 33, 0o600 << 16  # zip64 is known; 1980-01-01; of Unix
+_MOST_BYTES = 1 << 31  # beyond it the list at the end has another form
+
+
+def _npy(array: npt.NDArray) -> tuple[bytes, memoryview]:
+    """Header and data of an npy file."""
+    head, described = io.BytesIO(), np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(head, described)
+    data = np.ascontiguousarray(array.T if described["fortran_order"] else array)
+    return head.getvalue(), data.reshape(-1).view(np.uint8).data
+
+
 def save_arrays(arrays: dict[str, npt.NDArray]) -> bytes:
-    """Arrays as the bytes of a stored (not deflated) npz; equal arrays give equal bytes."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
+    """Arrays as the bytes of a stored (not deflated) npz; equal arrays give equal bytes.
+
+    They are the bytes of np.savez, by hand because that takes three times as long.
+
+    Raises:
+        ValueError: 2 GB or more.
+    """
+    if sum(array.nbytes for array in arrays.values()) >= _MOST_BYTES:
+        raise ValueError(f"arrays {', '.join(arrays)}: 2 GB or more in one npz; store fewer at once")
+    parts, entries, at = list[bytes | memoryview](), list[bytes](), 0
+    for name, array in arrays.items():
+        file, (head, data) = f"{name}.npy".encode("ascii"), _npy(array)
+        size = len(head) + len(data)
+        told = (_VERSION, 0, 0, 0, _DAY, zlib.crc32(data, zlib.crc32(head)))  # no flags, stored, midnight
+        lead = _MEMBER.pack(b"PK\3\4", *told, 0xFFFFFFFF, 0xFFFFFFFF, len(file), _SIZES.size)
+        parts += [lead, file, _SIZES.pack(1, 16, size, size), head, data]
+        entry = _ENTRY.pack(b"PK\1\2", 3 << 8 | _VERSION, *told, size, size, len(file), 0, 0, 0, 0, _MODE, at)
+        entries += [entry, file]
+        at += len(lead) + len(file) + _SIZES.size + size
+    end = _END.pack(b"PK\5\6", 0, 0, len(arrays), len(arrays), sum(map(len, entries)), at, 0)
+    return b"".join([*parts, *entries, end])
 
 
 def check_names(names: list[str], source: str) -> None:

@@ -1,5 +1,7 @@
 """The sample: what is encoded is decoded, equal content gives equal bytes, odd input is refused."""
 
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -31,6 +33,8 @@ def group(counts: list[list[int]], tiles: dict[tuple[int, int, int], bytes]) -> 
 
 
 tables = st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=8)
+shapes = st.lists(st.integers(0, 3), max_size=3)
+arrays = st.builds(np.zeros, shapes, st.sampled_from(["u1", "<i4", ">i4", "<i8", "<f4", "?"]), st.sampled_from("CF"))
 tile_maps = st.dictionaries(st.tuples(*[st.integers(0, 12)] * 3), st.binary(max_size=20), max_size=5)
 
 
@@ -47,6 +51,24 @@ def test_decode_of_encode_is_the_group(counts: list[list[int]], tiles: dict[tupl
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
     assert schema.encode(after) == members
+
+
+@given(st.dictionaries(st.from_regex("a_[a-z]{1,9}", fullmatch=True), arrays, max_size=4))
+def test_arrays_are_the_bytes_of_numpy(arrays: dict[str, np.ndarray]) -> None:
+    arrays |= {"every_other": np.arange(9)[::2], "turned": np.arange(6.0).reshape(2, 3).T}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    assert schema.save_arrays(arrays) == buffer.getvalue()
+    with np.load(io.BytesIO(schema.save_arrays(arrays)), allow_pickle=False) as found:
+        assert found.files == list(arrays)
+        assert all((found[name] == array).all() for name, array in arrays.items())
+
+
+def test_arrays_that_are_no_numbers_or_too_large_are_refused() -> None:
+    with pytest.raises(TypeError, match="array of references"):
+        schema.save_arrays({"names": np.array(["a", None], object)})
+    with pytest.raises(ValueError, match="arrays long: 2 GB or more in one npz"):
+        schema.save_arrays({"long": np.broadcast_to(np.zeros(1, np.uint8), 1 << 31)})
 
 
 @given(tables, st.data())

@@ -16,9 +16,12 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 from scipy import sparse
 
 from data_prep.slides.base import Pixels
+
+Floats = npt.NDArray[np.float32]
 
 TOLERANCE = 1.01  # a level may be this much coarser than asked: 4.0003-fold pyramids are common
 _WHOLE = 1e-4  # of a pixel: closer to a whole number is whole
@@ -50,9 +53,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Part:
-    """Pixels [H, W, 3] of a level: the first one's corner lies at (x, y) of the level, one is `step` px of it wide."""
+    """Pixels [H, W, 3] of a level: the first one's corner lies at (x, y) of the level, one is `step` px of it wide.
 
-    pixels: Pixels
+    They are bytes, or, where that is cheaper, the same numbers as floats.
+    """
+
+    pixels: Pixels | Floats
     x: float
     y: float
     step: int = 1
@@ -62,22 +68,21 @@ def _is_whole(value: float) -> bool:
     return abs(value - round(value)) < _WHOLE
 
 
-def resized(pixels: Pixels, out: tuple[int, int]) -> Pixels:
+def resized(pixels: Floats | Pixels, out: tuple[int, int]) -> Pixels:
     """`pixels` [H, W, 3] as [*out, 3]: INTER_AREA when shrinking, cubic when enlarging."""
     height, width = pixels.shape[:2]
     if (height, width) == out:
-        return np.ascontiguousarray(pixels)
-    ratio = min(height / out[0], width / out[1])
-    if ratio < 1:
-        return cv2.resize(pixels, out[::-1], interpolation=cv2.INTER_CUBIC)
-    if 0 <= height - out[0] <= 1 and 0 <= width - out[1] <= 1:
-        # One pixel more than asked: the same two weights as INTER_AREA to 1 in 2 * out, in a quarter of the time.
-        return cv2.resize(pixels, out[::-1], interpolation=cv2.INTER_LINEAR)
-    if height % out[0] or width % out[1]:
-        # OpenCV takes the areas of fractions of pixels faster in floats than in bytes.
-        area = cv2.resize(pixels.astype(np.float32), out[::-1], interpolation=cv2.INTER_AREA)
-        return cv2.convertScaleAbs(area)
-    return cv2.resize(pixels, out[::-1], interpolation=cv2.INTER_AREA)
+        return np.ascontiguousarray(pixels, np.uint8)
+    if height < out[0] or width < out[1]:
+        return cv2.resize(pixels.astype(np.uint8, copy=False), out[::-1], interpolation=cv2.INTER_CUBIC)
+    if height % out[0] == 0 and width % out[1] == 0:
+        return cv2.resize(pixels.astype(np.uint8, copy=False), out[::-1], interpolation=cv2.INTER_AREA)
+    # One pixel more than asked: the same two weights as INTER_AREA to 1 in 2 * out, in an eighth of the time.
+    near = height <= out[0] + 1 and width <= out[1] + 1
+    # OpenCV takes the areas of fractions of pixels faster in floats than in bytes.
+    floats = pixels.astype(np.float32, copy=False)
+    area = cv2.resize(floats, out[::-1], interpolation=cv2.INTER_LINEAR if near else cv2.INTER_AREA)
+    return cv2.convertScaleAbs(area)
 
 
 @functools.lru_cache(maxsize=512)
@@ -92,14 +97,14 @@ def _weights(start: float, step: float, out: int, size: int) -> sparse.csr_matri
     return sparse.csr_matrix((values.ravel(), at.clip(0, size - 1).ravel(), np.arange(out + 1) * taps), (out, size))
 
 
-def area_mean(pixels: Pixels, x: float, y: float, w: float, h: float, out: tuple[int, int]) -> Pixels:
+def area_mean(pixels: Floats | Pixels, x: float, y: float, w: float, h: float, out: tuple[int, int]) -> Pixels:
     """[*out, 3] mean over the areas into which `out` (rows, columns) cuts the rectangle (x, y, w, h) of `pixels`."""
     if _is_whole(x) and _is_whole(y) and _is_whole(w) and _is_whole(h):
         return resized(pixels[round(y) : round(y + h), round(x) : round(x + w)], out)
     height, width = pixels.shape[:2]
     rows = _weights(round(y, 6), round(h / out[0], 9), out[0], height)
     columns = _weights(round(x, 6), round(w / out[1], 9), out[1], width)
-    narrow = rows @ pixels.reshape(height, -1).astype(np.float32)
+    narrow = rows @ pixels.reshape(height, -1).astype(np.float32, copy=False)
     turned = narrow.reshape(out[0], width, 3).transpose(1, 0, 2).reshape(width, -1)
     small = (columns @ turned).reshape(out[1], out[0], 3).transpose(1, 0, 2)
     return np.ascontiguousarray(np.rint(small).astype(np.uint8))

@@ -245,16 +245,18 @@ def _flat(pixels: Pixels, alpha: int) -> Pixels:
 
 
 class Cache:
-    """Decoded segments, the least recently used of which go first, and the memory for new ones.
+    """Decoded segments, and the memory for new ones: those of which every pixel was asked for go first, then the least
+    recently used.
 
-    Memory is taken in large pieces, which the system backs with large pages, and used again: fresh memory in small ones
-    costs a quarter of a decode.
+    Memory is taken in large pieces, which the system backs with large pages, and used again while the processor's
+    caches hold it: fresh memory costs as much as a decode.
     """
 
     def __init__(self, budget: int) -> None:
         """Of at most `budget` bytes, or of one segment."""
         self._budget, self._held = budget, 0
         self._segments: OrderedDict[tuple[int, ...], Pixels] = OrderedDict()
+        self._left_px: dict[tuple[int, ...], int] = {}
         self._free: dict[tuple[int, ...], list[Pixels]] = {}
 
     def get(self, key: tuple[int, ...]) -> Pixels | None:
@@ -268,19 +270,30 @@ class Cache:
         """An array to decode into; it goes to `put`, or comes back by `give`."""
         free = self._free.setdefault(shape, [])
         if not free:
-            free.extend(np.empty((max(1, _PIECE_BYTES // math.prod(shape)), *shape), np.uint8))
+            # The first goes out first: the end of a piece may lie on small pages, where a decode takes a fifth longer.
+            free.extend(np.empty((max(1, _PIECE_BYTES // math.prod(shape)), *shape), np.uint8)[::-1])
         return free.pop()
 
     def give(self, memory: Pixels) -> None:
         """Take back what `memory` gave."""
         self._free.setdefault(memory.shape, []).append(memory)
 
-    def put(self, key: tuple[int, ...], pixels: Pixels) -> None:
-        """Hold a segment."""
-        self._segments[key] = pixels
+    def put(self, key: tuple[int, ...], pixels: Pixels, size_px: int) -> None:
+        """Hold a segment, `size_px` of which lie on the slide."""
+        self._segments[key], self._left_px[key] = pixels, size_px
         self._held += pixels.nbytes
         while self._held > self._budget and len(self._segments) > 1:
-            _, old = self._segments.popitem(last=False)
-            self._held -= old.nbytes
-            if old.shape in self._free:
-                self.give(old)
+            self._drop(next(iter(self._segments)))
+
+    def used(self, key: tuple[int, ...], size_px: int) -> None:
+        """So many pixels of a segment were copied. Tiles abut: what was copied whole is not asked for again."""
+        self._left_px[key] -= size_px
+        if self._left_px[key] <= 0:
+            self._drop(key)
+
+    def _drop(self, key: tuple[int, ...]) -> None:
+        old = self._segments.pop(key)
+        del self._left_px[key]
+        self._held -= old.nbytes
+        if old.shape in self._free:
+            self.give(old)

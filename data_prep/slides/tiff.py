@@ -112,7 +112,9 @@ class TiffSlide(Pyramid):
             pixels = cv2.resize(pixels, small.shape[1::-1], dst=small, interpolation=cv2.INTER_AREA)
             if memory is not None:
                 self._cache.give(memory)
-        self._cache.put((level, index, step, mean), pixels)
+        both = step * mean
+        across, down = min(width, layout.width_px - col * width), min(height, layout.height_px - row * height)
+        self._cache.put((level, index, step, mean), pixels, -(-across // both) * -(-down // both))
         return pixels
 
     def _steps(self, level: int, x: int, y: int, w: int, h: int, out: tuple[int, int]) -> tuple[int, int]:
@@ -134,17 +136,20 @@ class TiffSlide(Pyramid):
         height, width = (side // both for side in layout.segment_px)
         x0, x1 = max(left, 0), min(right, -(-layout.width_px // both))
         y0, y1 = max(top, 0), min(bottom, -(-layout.height_px // both))
-        canvas = np.empty((bottom - top, right - left, 3), np.uint8)
+        # What will be resampled is, in floats; bytes become such as they are copied.
+        whole = both > 1 or (w % out[1] == 0 and h % out[0] == 0)
+        canvas = np.empty((bottom - top, right - left, 3), np.uint8 if whole else np.float32)
         if (x0, y0, x1, y1) != (left, top, right, bottom):
             canvas.fill(255)
         for row in range(y0 // height, math.ceil(y1 / height) if x1 > x0 else 0):
             from_y, to_y = max(y0, row * height), min(y1, (row + 1) * height)
             for col in range(x0 // width, math.ceil(x1 / width)):
                 from_x, to_x = max(x0, col * width), min(x1, (col + 1) * width)
-                pixels = self._segment(level, row * layout.cols + col, step, mean)
-                canvas[from_y - top : to_y - top, from_x - left : to_x - left] = pixels[
+                key = (level, row * layout.cols + col, step, mean)
+                canvas[from_y - top : to_y - top, from_x - left : to_x - left] = self._segment(*key)[
                     from_y - row * height : to_y - row * height, from_x - col * width : to_x - col * width
                 ]
+                self._cache.used(key, (to_y - from_y) * (to_x - from_x))
         return Part(canvas, left * both, top * both, both)
 
 

@@ -78,6 +78,14 @@ def test_shrunk_before_or_after_joining_is_the_same(tmp_path: Path, coding: str,
         np.testing.assert_array_equal(slide.read(*box), reference.read(*box))
 
 
+@pytest.mark.parametrize("size", [(49, 49), (48, 49), (50, 48), (97, 97), (47, 48)])
+def test_joined_in_floats_or_in_bytes_is_the_same(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = write_tiles(tmp_path / "a.tif", [picture(256, 328)], "jpeg 4:2:0")
+    slide, reference = slides.open_slide(path, 400), ReferenceSlide(path)
+    for x, y in [(0, 0), (9, 60), (-16, -8), (300, 230)]:
+        np.testing.assert_array_equal(slide.read(x, y, *size, 48), reference.read(x, y, *size, 48))
+
+
 def test_each_segment_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tiles(tmp_path / "a.tif", [picture(512, 512)], "jpeg 4:2:0")
     slide = slides.open_slide(path, 400)
@@ -94,6 +102,7 @@ def test_each_segment_is_decoded_once(tmp_path: Path, monkeypatch: pytest.Monkey
         for col in range(grid.cols):
             slide.read(*grid.box(row, col), 50)
     assert len(seen) == 64
+    assert not slide._cache._segments, "what was copied whole gives its memory back"
 
 
 def test_the_cache_is_bounded_and_its_memory_is_used_again(tmp_path: Path) -> None:
