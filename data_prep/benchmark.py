@@ -2,6 +2,7 @@
 
     python -m data_prep.benchmark images [--slide FILE ...]     the reading of slides
     python -m data_prep.benchmark packing --store STORE         packing and verifying (benchmark_packing.py)
+    python -m data_prep.benchmark builds                        whole builds of large sections (benchmark_builds.py)
 
 In: synthetic slides that it writes itself, and slides of the user's. Out: Markdown tables. All that is compared is
 measured in one run, in turns, several times; medians are told, of ratios those within a turn, and rates are per second
@@ -31,7 +32,7 @@ import numpy as np
 import simplejpeg
 import tifffile
 
-from data_prep import benchmark_packing, one_slide, slides, tissue
+from data_prep import benchmark_builds, benchmark_packing, one_slide, slides, tissue
 from data_prep.slides import segments
 from data_prep.slides.reference import ReferenceSlide
 from data_prep.slides.tiff import TiffSlide
@@ -330,12 +331,16 @@ def main(argv: list[str] | None = None) -> int:
     part = parts.add_parser("packing", help="MB per second of packing and verifying, beside webdataset and a copy")
     part.add_argument("--store", type=Path, required=True, help="folder of slide stores")
     part.add_argument("--repeats", type=int, default=3)
+    part = parts.add_parser("builds", help="memory and time of building hundreds of thousands of profiles")
+    part.add_argument("--share", type=float, default=1.0, help="of the full sizes")
     args = parser.parse_args(argv)
     try:
         if args.part == "packing":
             print(benchmark_packing.table(args.store, args.repeats))
-            return 0
-        images(args.slide, args.repeats, args.sizes)
+        elif args.part == "builds":
+            print(benchmark_builds.table(args.share))
+        else:
+            images(args.slide, args.repeats, args.sizes)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

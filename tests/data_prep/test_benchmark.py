@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import benchmark, benchmark_packing, slides
+from data_prep import benchmark, benchmark_builds, benchmark_packing, slides
 from data_prep.slides import segments
 from data_prep.slides.reference import ReferenceSlide
 
@@ -62,3 +62,10 @@ def test_packing_is_measured_beside_a_copy_and_webdataset(tiny_store: Path) -> N
     lines = benchmark_packing.table(tiny_store, repeats=1).splitlines()
     assert "| pack | copied | verify stores | verify shards | webdataset |" in lines[0]
     assert all(float(cell) > 0 for cell in lines[2].split("|")[2:-1])
+
+
+def test_large_sections_are_written_and_built() -> None:
+    lines = benchmark_builds.table(share=0.002).splitlines()
+    assert lines[0].endswith("| profiles | tiles | M counts | peak MB | s |") and len(lines) == 2 + 5
+    assert [int(line.split("|")[2].replace(",", "")) for line in lines[2:5]] == [1024, 576, 600]
+    assert all(50 < float(line.split("|")[5].replace(",", "")) < 1500 for line in lines[2:])
