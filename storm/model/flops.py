@@ -39,9 +39,11 @@ def sizes(batch: dict[str, Tensor], registers: int, padded: bool = False) -> Siz
     context_R = registers + encoded_R + batch["visible"].sum(1)
     tokens_R = registers + present.sum(1) + profile.sum(1)
     if not padded:
-        tiles, slots, profiles = batch["tile_weight"].sum(), present.sum(), profile.sum()
-        found = (tiles, slots, profiles, tokens_R.sum(), context_R.sum(), (tokens_R * context_R).sum())
-        return Sizes(*(float(x) for x in found), len(batch["genes"]))
+        pairs_R = tokens_R * context_R
+        return Sizes(
+            float(batch["tile_weight"].sum()), int(present.sum()), int(profile.sum()), int(tokens_R.sum()),
+            int(context_R.sum()), int(pairs_R.sum()), len(batch["genes"]),
+        )  # fmt: skip
     regions, width = len(present), registers + present.shape[1] + profile.shape[1]
     m = int(context_R.max())
     return Sizes(

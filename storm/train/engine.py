@@ -81,6 +81,19 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def gather_numbers(values: list[float]) -> list[list[float]]:
+    """Each rank's numbers, as many on every rank, on every rank."""
+    own = torch.tensor(values, dtype=torch.float64, device=_device())
+    found = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, own)
+    return [[float(x) for x in row] for row in torch.stack(found).tolist()]
+
+
+def _device() -> torch.device:
+    """Where the process group moves tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def gather(value: Any) -> list[Any]:
     """Each rank's value (pickled between the processes of one job), on every rank."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
