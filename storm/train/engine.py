@@ -5,9 +5,11 @@ ranks are those that the environment tells (RANK, WORLD_SIZE, LOCAL_RANK, MASTER
 launcher sets them); without them the process is one rank alone.
 """
 
+import contextlib
 import math
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,16 @@ class Engine:
         """The model's outputs for a batch on this rank's device."""
         outputs: dict[str, Tensor] = self._engine(batch)
         return outputs
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In here a forward is no step of training; every rank must run as many of them."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch's share of the global loss; after the `last` one it is summed over ranks.

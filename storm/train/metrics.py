@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from storm import files
-from storm.config import MASK_MODES
+from storm.config import MASK_MODES, LossConfig
 from storm.losses import TERMS
 from storm.schema import PLATFORMS
 
@@ -28,9 +28,7 @@ PARTS = (*TERMS, *(f"expr_{mode}" for mode in MASK_MODES))  # of a loss
 # of perf, mem and data are of the steps since the last record, over all ranks.
 TAGS = {
     "train/loss": "weighted sum of the terms, over the global batch",
-    **{
-        f"train/loss/{part}": f"mean of {part} over the global batch; null where none was asked" for part in PARTS
-    },
+    **{f"train/loss/{part}": f"mean of {part} over the global batch; null where none was asked" for part in PARTS},
     "val/loss": "as train/loss, on held-out donors",
     **{f"val/{part}": f"as train/loss/{part}, on held-out donors" for part in PARTS},
     "val/pearson": "H&E alone: Pearson within a section, mean over genes of high expression and over sections",
@@ -49,6 +47,14 @@ TAGS = {
     "progress/samples": "groups taken since the run began",
     "progress/epoch": "epoch of the stream after the step",
 }
+
+
+def means(
+    total: dict[str, float], count: dict[str, float], weight: LossConfig
+) -> tuple[float, dict[str, float | None]]:
+    """The loss and its PARTS from sums and counts over the whole batch; None where nothing was asked."""
+    parts = {part: total[part] / count[part] if count[part] else None for part in PARTS}
+    return sum(getattr(weight, term) * (parts[term] or 0.0) for term in TERMS), parts
 
 
 def tagged(prefix: str, loss: float, parts: dict[str, float | None]) -> dict[str, float | None]:

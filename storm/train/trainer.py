@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from storm import checkpoints, files, losses
-from storm.config import MASK_MODES, RunConfig, dump
+from storm.config import RunConfig, dump
 from storm.data.batch import BatchSpec
 from storm.data.stream import Batch, GroupStream, batches
 from storm.losses import TERMS
@@ -32,8 +32,9 @@ from storm.presets import ModelConfig
 from storm.shards import MANIFEST, ShardSet
 from storm.train import checkpoint, engine
 from storm.train.meter import Meter
-from storm.train.metrics import RunLog, tagged
+from storm.train.metrics import PARTS, RunLog, means, tagged
 from storm.train.optim import learning_rate
+from storm.train.validate import Validation
 
 FINISHED = "FINISHED"
 
@@ -134,6 +135,7 @@ class Trainer:
         self.engine = engine.Engine(network, self.config, self.stream.accumulation, world)
         platforms = {slide: str(entry["platform"]) for slide, entry in shards.manifest["slides"].items()}
         self.meter = Meter(model, platforms, world)
+        self.validation = Validation(shards, spec, self.config, world) if self.config.validation.every_steps else None
         self.contents = checkpoint.Contents(
             dump(self.config), model, shards.genes, reference(shards, data.split, config.seed)
         )
@@ -163,7 +165,10 @@ class Trainer:
         source = batches(self.stream, self.step, last, self.config.data.workers, pin)
         while self.step < last:
             record = self._train_step(source)
-            if self.step % self.config.log_every == 0 or self.step == last:
+            watched = self._validates()
+            if watched:
+                record |= watched.run(self.engine)
+            if watched or self.step % self.config.log_every == 0 or self.step == last:
                 record |= self.meter.read()
                 if log:
                     log.write(record)
@@ -175,6 +180,11 @@ class Trainer:
             files.write_json(self.run_dir / FINISHED, {"step": self.step, "code_version": checkpoints.code_version()})
         if self.world.rank == 0:
             print(f"{self.run_dir}: step {self.step} of {steps}", flush=True)
+
+    def _validates(self) -> Validation | None:
+        """The validation, where the step that is over calls for one."""
+        due = self.validation and self.step % self.config.validation.every_steps == 0
+        return self.validation if due or self.step == self.config.optim.steps else None
 
     def _train_step(self, source: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step; the record for the log."""
@@ -231,7 +241,7 @@ class Trainer:
             self.partial.append({name: total.detach() for name, total in found.items()})
             modes = losses.expr_by_mode(outputs, batch)
             for mode, (total, count) in modes.items():
-                found |= {f"expr_{mode}": total, f"count_{mode}": count}
+                found |= {f"expr_{mode}": total, f"count_expr_{mode}": count}
             for name, total in found.items():
                 sums[name] = sums.get(name, 0) + total.detach().double()
         return self._means(sums, counts)
@@ -249,14 +259,9 @@ class Trainer:
         """Loss over all ranks, from this rank's sums, and its parts; None where nothing was asked."""
         summed = engine.sum_over_ranks(torch.stack(list(sums.values())))
         values = torch.cat([summed, torch.stack([counts[name] for name in TERMS])]).tolist()
-        total, asked = dict(zip(sums, values, strict=False)), dict(zip(TERMS, values[len(sums) :], strict=True))
-        mean = {name: total[name] / asked[name] if asked[name] else None for name in TERMS}
-        loss = sum(self._weight(name) * (mean[name] or 0.0) for name in TERMS)
-        modes = {
-            f"expr_{mode}": total[f"expr_{mode}"] / total[f"count_{mode}"] if total[f"count_{mode}"] else None
-            for mode in MASK_MODES
-        }
-        return loss, {**mean, **modes}
+        names = [*sums, *(f"count_{name}" for name in TERMS)]
+        found = dict(zip(names, values, strict=True))
+        return means(found, {part: found[f"count_{part}"] for part in PARTS}, self.config.loss)
 
     def _explain(self, norm: float) -> str:
         """Which ranks, terms and groups are not finite; the same text on every rank."""
