@@ -63,9 +63,14 @@ def test_training_does_not_notice_it(held_out: Path, world: World, tmp_path: Pat
 
 def alone(run: Trainer, world: World, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """What one rank of `world` hands to the exchange, which is not made."""
-    found = []
+    found: list[torch.Tensor] = []
+
+    def keep(values: torch.Tensor) -> torch.Tensor:
+        found.append(values.clone())
+        return values
+
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "sum_over_ranks", lambda values: found.append(values.clone()) or values)
+        patch.setattr(engine, "sum_over_ranks", keep)
         Validation(ShardSet(Path(run.config.data.shards)), run.stream.spec, run.config, world).run(run.engine)
     return found[0]
 
@@ -74,9 +79,14 @@ def test_it_is_the_same_for_every_number_of_ranks_and_depends_on_no_step(
     held_out: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(held_out, tmp_path, world, "validation.every_steps=1", "data.micro_batch_size=1")
-    forwards = []
+    forwards: list[int] = []
     honest = run.engine.forward
-    monkeypatch.setattr(run.engine, "forward", lambda batch: forwards.append(1) or honest(batch))
+
+    def counting(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        forwards.append(1)
+        return honest(batch)
+
+    monkeypatch.setattr(run.engine, "forward", counting)
     one = alone(run, world, monkeypatch)
     whole = len(forwards)
     groups = len(ShardSet(held_out).index("val"))
