@@ -11,6 +11,7 @@ from pathlib import Path
 from storm import config
 from storm.commands import INTERRUPTED, explain
 from storm.train.dry_run import dry_run
+from storm.train.preflight import preflight
 from storm.train.trainer import NotFiniteError, RankError, pretrain
 
 
@@ -21,6 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--stop-after-step", type=int, metavar="N", help="write a checkpoint there and stop")
     parser.add_argument("--dry-run", action="store_true", help="print layout, sizes and memory, run one made-up batch")
+    parser.add_argument("--preflight", action="store_true", help="look at every node and link of the job, and stop")
     parser.add_argument("--ranks", type=int, metavar="N", help="of --dry-run: as if on so many ranks (default: these)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -36,6 +38,8 @@ def main() -> int:
         if args.dry_run:
             if rank == 0:
                 print(dry_run(loaded, args.ranks or int(os.environ.get("WORLD_SIZE", "1"))))
+        elif args.preflight:
+            return preflight(loaded)
         else:
             pretrain(loaded, args.resume, args.stop_after_step)
     except KeyboardInterrupt:
