@@ -22,7 +22,7 @@ from storm.train.engine import World
 PEAKS = {
     "H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12,
 }  # fmt: skip
-_GEMM, _TRIES = 1024, 3
+_GEMM, _TRIES = 1024, 8
 _SUMS = ("flops", "profiles", "tiles", *PLATFORMS)
 _TIMES = ("wait_s", "computed_s", "step_s")
 

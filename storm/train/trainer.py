@@ -251,7 +251,7 @@ class Trainer:
 
     def _counts(self, micro: list[Batch]) -> dict[str, Tensor]:
         """Each term's count over all micro-batches and ranks; left on the device, so that nothing waits for it."""
-        own = [torch.stack([losses.counts(batch)[name] for name in TERMS]) for batch in micro]
+        own = [torch.stack(list(losses.counts(batch).values())) for batch in micro]
         total = engine.sum_over_ranks(torch.stack(own).sum(0).to(self.world.device))
         return dict(zip(TERMS, total, strict=True))
 

@@ -109,3 +109,9 @@ def test_the_meter_counts_what_the_samples_hold(world: engine.World) -> None:
 
 def test_the_peak_of_a_cpu_is_measured() -> None:
     assert 1e9 < meter.peak_flops(torch.device("cpu")) < 1e14
+
+
+def test_the_page_lists_every_tag() -> None:
+    page = (Path(__file__).resolve().parents[2] / "launch/WATCHING.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{tag}` | {text} |" for tag, text in metrics.TAGS.items()]

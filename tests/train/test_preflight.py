@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,6 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert cli.main(["doctor", "--run-dir", str(tmp_path / "runs")]) == 0
     printed = capsys.readouterr().out
     assert "core: complete" in printed and str(tmp_path) in printed and "FAULT" not in printed
-    monkeypatch.setattr(node.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     assert cli.main(["doctor", "--run-dir", str(tmp_path)]) == 1
-    assert f"FAULT {node.socket.gethostname()}: run_dir {tmp_path}: not writable" in capsys.readouterr().out
+    assert f"FAULT {socket.gethostname()}: run_dir {tmp_path}: not writable" in capsys.readouterr().out
