@@ -10,6 +10,8 @@ from pathlib import Path
 
 from storm import config
 from storm.commands import INTERRUPTED, explain
+from storm.train.dry_run import dry_run
+from storm.train.preflight import preflight
 from storm.train.trainer import NotFiniteError, RankError, pretrain
 
 
@@ -19,6 +21,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="YAML of what differs from the defaults")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--stop-after-step", type=int, metavar="N", help="write a checkpoint there and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print layout, sizes and memory, run one made-up batch")
+    parser.add_argument("--preflight", action="store_true", help="look at every node and link of the job, and stop")
+    parser.add_argument("--ranks", type=int, metavar="N", help="of --dry-run: as if on so many ranks (default: these)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
@@ -29,7 +34,14 @@ def main() -> int:
     args = arguments()
     rank = int(os.environ.get("RANK", "0"))
     try:
-        pretrain(config.load(config.RunConfig, args.config, args.overrides), args.resume, args.stop_after_step)
+        loaded = config.load(config.RunConfig, args.config, args.overrides)
+        if args.dry_run:
+            if rank == 0:
+                print(dry_run(loaded, args.ranks or int(os.environ.get("WORLD_SIZE", "1"))))
+        elif args.preflight:
+            return preflight(loaded)
+        else:
+            pretrain(loaded, args.resume, args.stop_after_step)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError, NotFiniteError) as error:

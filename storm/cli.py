@@ -86,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("verify", help="check an export or a shard set against its hashes")
     command.add_argument("folder", type=Path, help="an export or a shard set")
     command.set_defaults(run=verify)
-    commands.add_parser("doctor", help="versions, devices, extras, and cures").set_defaults(run=doctor)
+    command = commands.add_parser("doctor", help="versions, devices, extras, this machine, and cures")
+    command.add_argument("--run-dir", type=Path, help="folder of runs: its file system is looked at too")
+    command.add_argument("--shards", type=Path, help="shard set: likewise")
+    command.set_defaults(run=doctor)
     return parser
 
 
@@ -295,7 +298,9 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """`storm doctor`: 0 where the core is complete."""
+    """`storm doctor`: 0 where the core is complete and the machine has no fault."""
+    from storm.train import node
+
     print(f"storm-tissue {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for name in ("torch", "numpy", "safetensors", "pydantic", "zarr", "anndata", "deepspeed"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -310,7 +315,12 @@ def doctor(args: argparse.Namespace) -> int:
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         print(f"devices: {', '.join(devices) or 'CPU only (no CUDA device is visible to torch)'}, "
               f"{torch.get_num_threads()} CPU threads")  # fmt: skip
-    return 1 if missing["core"] else 0
+    folders = {"run_dir": args.run_dir, "shards": args.shards}
+    facts = [node.look({name: folder for name, folder in folders.items() if folder})]
+    faults = node.faults(facts, node.Needs())
+    print(f"\n{node.table(facts)}")
+    print("\n".join(f"FAULT {fault}" for fault in faults), end="\n" if faults else "")
+    return 1 if missing["core"] or faults else 0
 
 
 if __name__ == "__main__":

@@ -144,6 +144,13 @@ class EngineConfig(Section):
     activation_checkpointing: bool = False
 
 
+class ValidationConfig(Section):
+    """How a run is watched on the donors of split val."""
+
+    every_steps: int = Field(default=0, ge=0, description="0: never; else also after the last step")
+    groups: int = Field(default=256, ge=1, description="of split val, evenly spread over it; all where it has fewer")
+
+
 class CheckpointConfig(Section):
     """When a checkpoint is written and how many are kept."""
 
@@ -164,6 +171,7 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
 
     @field_validator("model", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from storm.config import MASK_MODES
 
+TERMS = ("expr", "depth", "image")
 Term = tuple[Tensor, Tensor]  # (sum, count)
 
 

@@ -17,7 +17,10 @@ from storm.evaluate.statistics import pearson
 
 Floats = npt.NDArray[np.float64]
 
-TERMS = {"expr": "expression (NB NLL per gene)", "depth": "depth (Gaussian NLL)", "image": "image (hidden tiles)"}
+LOSSES = {
+    "train/loss": "total loss", "train/loss/expr": "expression (NB NLL per gene)",
+    "train/loss/depth": "depth (Gaussian NLL)", "train/loss/image": "image (hidden tiles)",
+}  # fmt: skip
 _INK, _LIGHT = "#1b3a5c", "#a9bdd2"
 _PNG = {"Software": None}  # no version in the file: equal figures have equal bytes
 
@@ -35,7 +38,7 @@ def _smooth(values: Floats, width: int) -> Floats:
 
 def loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
     """Total and terms by step: every logged value, and a running mean over a tenth of the run."""
-    names = ["loss", *(term for term in TERMS if any(line.get(term) is not None for line in lines))]
+    names = [name for name in LOSSES if any(line.get(name) is not None for line in lines)]
     figure = Figure(figsize=(3.4 * len(names), 2.9), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         logged = [line for line in lines if line.get(name) is not None]
@@ -43,7 +46,7 @@ def loss_curve(lines: list[dict[str, Any]], path: Path) -> None:
         value = np.array([line[name] for line in logged], dtype=np.float64)
         axes.plot(step, value, color=_LIGHT, linewidth=0.8)
         axes.plot(step, _smooth(value, max(1, len(value) // 10)), color=_INK, linewidth=1.6)
-        axes.set_title("total loss" if name == "loss" else TERMS[name], fontsize=10)
+        axes.set_title(LOSSES[name], fontsize=10)
         axes.set_xlabel("optimizer step", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25, linewidth=0.6)

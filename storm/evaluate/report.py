@@ -94,10 +94,10 @@ def write(
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log, one per step: a resumed run's later line replaces the earlier.
+    """The records of a run's log, one per step: a resumed run's later one replaces the earlier.
 
     Raises:
-        ValueError: no log, or a line that is no JSON.
+        ValueError: no log, a line that is no JSON, or a log of another version.
     """
     path = run_dir / "log.jsonl"
     if not path.is_file():
@@ -108,7 +108,10 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
             values = json.loads(line)
         except json.JSONDecodeError:
             raise ValueError(f"{path}: line {number} is no JSON; remove it") from None
-        by_step[int(values["step"])] = values
+        if "event" not in values:
+            by_step[int(values["step"])] = values
+    if by_step and not any("train/loss" in record for record in by_step.values()):
+        raise ValueError(f"{path}: no line holds train/loss, it is of another version; leave --run out, or train again")
     return [by_step[step] for step in sorted(by_step)]
 
 

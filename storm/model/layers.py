@@ -78,6 +78,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def hidden_width(width: int) -> int:
+    """Of SwiGLU: 8/3 of the width in steps of 16, as many weights as a plain MLP of 4 widths."""
+    return 16 * math.ceil(width / 6)
+
+
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU, with RMSNorm on queries and keys and without biases.
 
@@ -87,7 +92,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, head_width: int) -> None:
         super().__init__()
-        hidden = 16 * math.ceil(width / 6)  # 8/3 of the width: as many weights as a plain MLP of 4 widths
+        hidden = hidden_width(width)
         self.head_width = head_width
         self.attention_norm = RMSNorm(width)
         self.query = nn.Linear(width, width, bias=False)

@@ -24,6 +24,7 @@ from storm.train.engine import Engine, World
 
 # What may differ between a run and its continuation: it changes neither losses nor weights.
 _FREE = {"run_dir", "log_every", "data.shards", "data.workers", "checkpoint.every_steps", "checkpoint.keep_last"}
+_FREE |= {"validation.every_steps", "validation.groups"}
 
 
 @dataclass(frozen=True)

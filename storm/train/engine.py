@@ -5,9 +5,11 @@ ranks are those that the environment tells (RANK, WORLD_SIZE, LOCAL_RANK, MASTER
 launcher sets them); without them the process is one rank alone.
 """
 
+import contextlib
 import math
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,19 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def gather_numbers(values: list[float]) -> list[list[float]]:
+    """Each rank's numbers, as many on every rank, on every rank."""
+    own = torch.tensor(values, dtype=torch.float64, device=_device())
+    found = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, own)
+    return [[float(x) for x in row] for row in torch.stack(found).tolist()]
+
+
+def _device() -> torch.device:
+    """Where the process group moves tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def gather(value: Any) -> list[Any]:
     """Each rank's value (pickled between the processes of one job), on every rank."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
@@ -142,6 +157,16 @@ class Engine:
         """The model's outputs for a batch on this rank's device."""
         outputs: dict[str, Tensor] = self._engine(batch)
         return outputs
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In here a forward is no step of training; every rank must run as many of them."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch's share of the global loss; after the `last` one it is summed over ranks.

@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import math
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,20 @@ import torch
 from torch import Tensor
 
 from storm import checkpoints, files, losses
-from storm.config import MASK_MODES, RunConfig, dump
+from storm.config import RunConfig, dump
 from storm.data.batch import BatchSpec
 from storm.data.stream import Batch, GroupStream, batches
+from storm.losses import TERMS
 from storm.model.storm import Storm
 from storm.presets import ModelConfig
 from storm.shards import MANIFEST, ShardSet
 from storm.train import checkpoint, engine
-from storm.train.metrics import RunLog
+from storm.train.meter import Meter
+from storm.train.metrics import PARTS, RunLog, means, tagged
 from storm.train.optim import learning_rate
+from storm.train.validate import Validation
 
 FINISHED = "FINISHED"
-TERMS = ("expr", "depth", "image")
 
 
 class RankError(ValueError):
@@ -132,6 +133,9 @@ class Trainer:
         network = Storm(model, len(shards.genes), config.seed, config.engine.activation_checkpointing)
         network.set_gene_bias(torch.from_numpy(np.log(share)).float())
         self.engine = engine.Engine(network, self.config, self.stream.accumulation, world)
+        platforms = {slide: str(entry["platform"]) for slide, entry in shards.manifest["slides"].items()}
+        self.meter = Meter(model, platforms, world)
+        self.validation = Validation(shards, spec, self.config, world) if self.config.validation.every_steps else None
         self.contents = checkpoint.Contents(
             dump(self.config), model, shards.genes, reference(shards, data.split, config.seed)
         )
@@ -161,8 +165,13 @@ class Trainer:
         source = batches(self.stream, self.step, last, self.config.data.workers, pin)
         while self.step < last:
             record = self._train_step(source)
-            if log and (self.step % self.config.log_every == 0 or self.step == last):
-                log.write(record)
+            watched = self._validates()
+            if watched:
+                record |= watched.run(self.engine)
+            if watched or self.step % self.config.log_every == 0 or self.step == last:
+                record |= self.meter.read()
+                if log:
+                    log.write(record)
             if self.step % every == 0 or self.step == last:
                 self._save()
         if log:
@@ -172,24 +181,36 @@ class Trainer:
         if self.world.rank == 0:
             print(f"{self.run_dir}: step {self.step} of {steps}", flush=True)
 
+    def _validates(self) -> Validation | None:
+        """The validation, where the step that is over calls for one."""
+        due = self.validation and self.step % self.config.validation.every_steps == 0
+        return self.validation if due or self.step == self.config.optim.steps else None
+
     def _train_step(self, source: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step; the record for the log."""
-        began = time.perf_counter()
+        self.meter.begin()
         micro = self.take(source)
-        waited = time.perf_counter() - began
-        loss, means = self.backward(micro)
+        self.meter.loaded()
+        loss, parts = self.backward(micro)
         norm = self.engine.grad_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFiniteError(self._explain(norm))
         rate = learning_rate(self.step, self.config.optim)
         self.engine.step(rate)
+        self._count(micro)
         self.step += 1
-        place = self.stream.position(self.step)
+        self.meter.end()
         return {
-            "step": self.step, "epoch": place.epoch, "loss": loss, **means, "lr": rate, "grad_norm": norm,
-            "seconds": time.perf_counter() - began, "data_wait_s": waited,
-            "groups": self.step * self.config.data.global_batch_size,
+            "step": self.step, **tagged("train/loss", loss, parts), "optim/lr": rate, "optim/grad_norm": norm,
+            "progress/samples": self.step * self.config.data.global_batch_size,
+            "progress/epoch": self.stream.position(self.step).epoch,
         }  # fmt: skip
+
+    def _count(self, micro: list[Batch]) -> None:
+        """Tell the meter what the step held; here, where a device is still busy with it."""
+        first = self.step * self.stream.accumulation
+        for i, batch in enumerate(micro):
+            self.meter.count(batch, self.stream.keys(first + i))
 
     def take(self, source: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of this rank's next step."""
@@ -206,18 +227,21 @@ class Trainer:
         The counts come first and from the batches alone, so each micro-batch knows its share of the mean.
         """
         counts = self._counts(micro)
+        self.meter.start()
         sums: dict[str, Tensor] = {}
         self.partial: list[dict[str, Tensor]] = []  # each micro-batch's sums, to name a fault
         for i, batch in enumerate(micro):
             batch = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
             outputs = self.engine.forward(batch)
             found = {name: total for name, (total, _) in losses.terms(outputs, batch).items()}
-            share = [self._weight(name) * found[name] / max(1.0, counts[name]) for name in TERMS]
-            self.engine.backward(torch.stack(share).sum(), last=i + 1 == len(micro))
+            share = [self._weight(name) * found[name] / counts[name].clamp_min(1) for name in TERMS]
+            if last := i + 1 == len(micro):
+                self.meter.arrive()
+            self.engine.backward(torch.stack(share).sum(), last)
             self.partial.append({name: total.detach() for name, total in found.items()})
             modes = losses.expr_by_mode(outputs, batch)
             for mode, (total, count) in modes.items():
-                found |= {f"expr_{mode}": total, f"count_{mode}": count}
+                found |= {f"expr_{mode}": total, f"count_expr_{mode}": count}
             for name, total in found.items():
                 sums[name] = sums.get(name, 0) + total.detach().double()
         return self._means(sums, counts)
@@ -225,23 +249,19 @@ class Trainer:
     def _weight(self, term: str) -> float:
         return float(getattr(self.config.loss, term))
 
-    def _counts(self, micro: list[Batch]) -> dict[str, float]:
-        """Each term's count over all micro-batches and ranks."""
-        own = [torch.stack([losses.counts(batch)[name].double() for name in TERMS]) for batch in micro]
+    def _counts(self, micro: list[Batch]) -> dict[str, Tensor]:
+        """Each term's count over all micro-batches and ranks; left on the device, so that nothing waits for it."""
+        own = [torch.stack(list(losses.counts(batch).values())) for batch in micro]
         total = engine.sum_over_ranks(torch.stack(own).sum(0).to(self.world.device))
-        return dict(zip(TERMS, total.tolist(), strict=True))
+        return dict(zip(TERMS, total, strict=True))
 
-    def _means(self, sums: dict[str, Tensor], counts: dict[str, float]) -> tuple[float, dict[str, float | None]]:
+    def _means(self, sums: dict[str, Tensor], counts: dict[str, Tensor]) -> tuple[float, dict[str, float | None]]:
         """Loss over all ranks, from this rank's sums, and its parts; None where nothing was asked."""
-        values = engine.sum_over_ranks(torch.stack(list(sums.values()))).tolist()
-        total = dict(zip(sums, values, strict=True))
-        mean = {name: total[name] / counts[name] if counts[name] else None for name in TERMS}
-        loss = sum(self._weight(name) * (mean[name] or 0.0) for name in TERMS)
-        modes = {
-            f"expr_{mode}": total[f"expr_{mode}"] / total[f"count_{mode}"] if total[f"count_{mode}"] else None
-            for mode in MASK_MODES
-        }
-        return loss, {**mean, **modes}
+        summed = engine.sum_over_ranks(torch.stack(list(sums.values())))
+        values = torch.cat([summed, torch.stack([counts[name] for name in TERMS])]).tolist()
+        names = [*sums, *(f"count_{name}" for name in TERMS)]
+        found = dict(zip(names, values, strict=True))
+        return means(found, {part: found[f"count_{part}"] for part in PARTS}, self.config.loss)
 
     def _explain(self, norm: float) -> str:
         """Which ranks, terms and groups are not finite; the same text on every rank."""

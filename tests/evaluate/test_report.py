@@ -21,9 +21,9 @@ def model(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    lines = [
-        {"step": s, "loss": 2 - s / 100, "expr": 1.0, "depth": None, "image": 3 / s} for s in (1, 2, 3, 4, 3, 4, 5)
-    ]
+    values = {"train/loss/expr": 1.0, "train/loss/depth": None, "train/loss/image": 0.5}
+    lines: list[dict] = [{"step": s, "train/loss": 2 - s / 100, **values} for s in (1, 2, 3, 4, 3, 4, 5)]
+    lines.insert(4, {"step": 2, "event": "resumed", "lines_dropped": 2})
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 

@@ -12,7 +12,7 @@ from storm.data.stream import batches
 from storm.train import engine
 from storm.train.trainer import Trainer
 
-TIMES = {"seconds", "data_wait_s"}
+MEASURED = ("perf/", "mem/")  # tags of these differ from run to run
 BATCH, STEPS, STOP = 4, 4, 2
 
 
@@ -26,9 +26,13 @@ def words(shards: Path, run_dir: Path, micro: int = 1, *more: str) -> list[str]:
 
 
 def log(run_dir: Path) -> list[dict]:
-    """The lines of log.jsonl without the times."""
+    """The records of log.jsonl, without what is measured and without the marks of a resumed run."""
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return [
+        {tag: value for tag, value in line.items() if not tag.startswith(MEASURED)}
+        for line in lines
+        if "event" not in line
+    ]
 
 
 def first_step(config: RunConfig, world: engine.World) -> dict[str, np.ndarray]:

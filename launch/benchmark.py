@@ -1,0 +1,59 @@
+"""How fast and how far: `python launch/benchmark.py PART ...`; each part prints its table. See launch/SCALING.md.
+
+Exit code 0, or 2: wrong usage, config or data.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from storm.commands import guarded
+
+
+def _overhead(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    part = commands.add_parser("overhead", help="share of a step around forward, backward and optimizer, on one rank")
+    part.add_argument("--config", type=Path, help="YAML of what differs from the defaults")
+    part.add_argument("--steps", type=int, default=8, metavar="N", help="steps that are measured (default: 8)")
+    part.add_argument("overrides", nargs="*", metavar="section.key=value")
+    part.set_defaults(run=overhead)
+
+
+def overhead(args: argparse.Namespace) -> int:
+    """`benchmark.py overhead`."""
+    from storm import config
+    from storm.train import overhead as part
+
+    loaded = config.load(config.RunConfig, args.config, args.overrides)
+    print(part.text(loaded, part.measure(loaded, args.steps), args.steps))
+    return 0
+
+
+def _scaling(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    part = commands.add_parser("scaling", help="1 to 512 GPUs by arithmetic: reads, network, memory, efficiency")
+    part.add_argument("--shards", type=Path, help="take the mean group of this shard set, not the assumed one")
+    part.set_defaults(run=scaling)
+
+
+def scaling(args: argparse.Namespace) -> int:
+    """`benchmark.py scaling`."""
+    from storm.train import scaling as part
+
+    print(part.report(part.from_shards(args.shards) if args.shards else part.Assumptions()))
+    return 0
+
+
+PARTS = (_overhead, _scaling)
+
+
+def main() -> int:
+    """Run a part; its exit code."""
+    parser = argparse.ArgumentParser(description="How fast and how far.")
+    commands = parser.add_subparsers(required=True, metavar="PART")
+    for add in PARTS:
+        add(commands)
+    args = parser.parse_args()
+    return guarded(lambda: int(args.run(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""How a model in training does on held-out donors: the same views of the same groups, whatever the step and the ranks.
+
+In: the split `val` of the shards, and the engine. Out: `val/*`, the loss and its parts as in training, and
+`val/pearson`, which is read without knowing the losses: log1p(1e4 x share of the counts), predicted from H&E alone and
+measured, correlated over the profiles of a section, for each of the genes of highest expected share; the mean over
+genes and sections.
+
+View and place of a group are a pure function of (seed, index). The groups are cut into fixed batches, dealt to the
+ranks; a rank without one runs another's and counts nothing, so that all run as many forwards. Nothing of training
+moves: neither weights, nor the stream, nor torch's generators.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from storm import losses
+from storm.config import RunConfig
+from storm.data.batch import BatchSpec, collate, loss_genes, top_genes
+from storm.data.view import draw_view, plain_view
+from storm.shards import ShardSet
+from storm.train import engine
+from storm.train.engine import Engine, World
+from storm.train.metrics import PARTS, means, tagged
+
+SPLIT = "val"
+GENES = 50  # of val/pearson, at most
+_SCALE = 1e4
+_VIEW, _GENES = 101, 102  # keep the generators of different purposes apart
+_TINY = 1e-12  # a variance below it counts as none
+
+
+def _rng(seed: int, purpose: int, index: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index], spawn_key=(purpose,))))
+
+
+class Validation:
+    """The groups that are looked at, and this rank's share of them.
+
+    Raises:
+        ValueError: the shards have no split val, or it is empty.
+    """
+
+    def __init__(self, shards: ShardSet, spec: BatchSpec, config: RunConfig, world: World) -> None:
+        if not shards.manifest["splits"].get(SPLIT, {}).get("groups"):
+            raise ValueError(
+                f"{shards.folder}: has no group of split {SPLIT!r} to validate on; name donors in the manifest's "
+                "column split (or give val_share) and pack again, or set validation.every_steps=0"
+            )
+        self._shards, self._spec, self._config, self._world = shards, spec, config, world
+        self._index = shards.index(SPLIT)
+        chosen = min(config.validation.groups, len(self._index))
+        self._groups = np.arange(chosen) * len(self._index) // chosen
+        self._slides = sorted({self._slide(int(group)) for group in self._groups})
+        self._genes = loss_genes(spec, config.mask.loss_genes, _rng(config.seed, _GENES))
+        self._shown = np.flatnonzero(np.isin(self._genes, top_genes(spec, 4 * GENES)))
+
+    def _slide(self, group: int) -> str:
+        return self._index.keys[group].rpartition("_")[0]
+
+    def run(self, training: Engine) -> dict[str, float | None]:
+        """The metrics by tag, on every rank; all ranks must call it."""
+        micro = self._config.data.micro_batch_size
+        batches = [self._groups[i : i + micro] for i in range(0, len(self._groups), micro)]
+        sums = {name: torch.zeros((), dtype=torch.float64, device=self._world.device) for name in _sum_names()}
+        moments = torch.zeros(len(self._slides), 6, len(self._shown), dtype=torch.float64, device=self._world.device)
+        with training.evaluating():
+            for first in range(0, len(batches), self._world.size):
+                mine = first + self._world.rank
+                groups = batches[min(mine, len(batches) - 1)]
+                found = self._losses(training, groups)
+                rows, values = self._correlated(training, groups)
+                if mine < len(batches):
+                    sums = {name: total + found[name] for name, total in sums.items()}
+                    moments.index_add_(0, rows, values)
+        return self._metrics(sums, moments)
+
+    def _losses(self, training: Engine, groups: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+        """Sums and counts of the loss and its parts, of groups as they are shown in training."""
+        read = [self._shards.read(SPLIT, self._index, int(group)) for group in groups]
+        views = [
+            draw_view(group, self._config.mask, _rng(self._config.seed, _VIEW, int(i)), self._spec.panel(group))
+            for i, group in zip(groups, read, strict=True)
+        ]
+        batch = self._moved(collate(read, views, self._spec, self._genes))
+        outputs = training.forward(batch)
+        found = losses.terms(outputs, batch)
+        found |= {f"expr_{mode}": term for mode, term in losses.expr_by_mode(outputs, batch).items()}
+        return {part: found[part][0] for part in PARTS} | {f"count_{part}": found[part][1] for part in PARTS}
+
+    def _correlated(self, training: Engine, groups: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """(slide of each region [R], sums over its profiles [R, 6, K] of 1, x, y, x2, y2, xy) from H&E alone."""
+        read = [self._shards.read(SPLIT, self._index, int(group)) for group in groups]
+        views = [plain_view(group, use_counts=False) for group in read]
+        batch = self._moved(collate(read, views, self._spec, self._genes))
+        shown = torch.from_numpy(self._shown).to(self._world.device)
+        composition_RNK = training.forward(batch)["log_composition"][..., shown].double().exp()
+        share_RNK = batch["target_count"][..., shown].double() / batch["target_log_depth"][..., None].double().exp()
+        x_RNK, y_RNK = torch.log1p(_SCALE * composition_RNK), torch.log1p(_SCALE * share_RNK)
+        mask_RNK = batch["target_mask"][..., shown]
+        terms = (torch.ones_like(x_RNK), x_RNK, y_RNK, x_RNK**2, y_RNK**2, x_RNK * y_RNK)
+        slide = [self._slides.index(self._slide(int(group))) for group in groups]
+        rows_R = torch.tensor(slide, device=self._world.device)[batch["region_group"]]
+        return rows_R, torch.stack([(term * mask_RNK).sum(1) for term in terms], dim=1)
+
+    def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self._world.device) for name, tensor in batch.items()}
+
+    def _metrics(self, sums: dict[str, Tensor], moments: Tensor) -> dict[str, float | None]:
+        whole = engine.sum_over_ranks(torch.cat([torch.stack(list(sums.values())), moments.flatten()])).cpu()
+        found = dict(zip(sums, whole.tolist(), strict=False))
+        loss, parts = means(found, {part: found[f"count_{part}"] for part in PARTS}, self._config.loss)
+        return tagged("val", loss, parts) | {"val/pearson": mean_pearson(whole[len(sums) :].view(moments.shape))}
+
+
+def _sum_names() -> list[str]:
+    return [*PARTS, *(f"count_{part}" for part in PARTS)]
+
+
+def mean_pearson(moments: Tensor) -> float | None:
+    """Mean correlation over sections and genes of sums [S, 6, K] of 1, x, y, x2, y2, xy.
+
+    As in the report, a gene that does not vary in a section counts 0 there; one that was not measured does not count.
+    None where no section has two profiles.
+    """
+    n, x, y, xx, yy, xy = moments.unbind(1)
+    some = n > 1
+    if not bool(some.any()):
+        return None
+    n = n.clamp_min(1)
+    spread = (xx / n - (x / n) ** 2).clamp_min(0) * (yy / n - (y / n) ** 2).clamp_min(0)
+    found = torch.where(spread > _TINY, (xy / n - x * y / n**2) / spread.clamp_min(_TINY).sqrt(), 0.0)
+    return float(found[some].mean())
