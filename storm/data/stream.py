@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from storm.config import MaskConfig
 from storm.data.batch import BatchSpec, collate, loss_genes
 from storm.data.view import draw_view, view_rng
-from storm.shards import Index, ShardSet
+from storm.index import Index
+from storm.shards import ShardSet
 
 Batch = dict[str, torch.Tensor]
 
@@ -117,7 +118,8 @@ class GroupStream(Dataset):
     @property
     def order_hash(self) -> str:
         """sha256 of what the order depends on beside seed and epoch: the groups and the global batch size."""
-        text = f"{self.index.hash} {self.order.global_batch_size}"
+        sha256 = self.shards.manifest["splits"][self.split]["index_sha256"]
+        text = f"{sha256} {self.order.global_batch_size}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def position(self, step: int) -> Position:
@@ -149,7 +151,7 @@ class GroupStream(Dataset):
 
     def keys(self, item: int) -> list[str]:
         """Shard keys of the groups of a micro-batch, to name them in an error."""
-        return [self.index.keys[group] for _, _, group in self._places(item)]
+        return [self.index.key(group) for _, _, group in self._places(item)]
 
     def _places(self, item: int) -> list[tuple[int, int, int]]:
         step, micro = divmod(item, self.accumulation)

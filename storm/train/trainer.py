@@ -95,9 +95,8 @@ def reference(shards: ShardSet, split: str, seed: int) -> dict[str, Any]:
     manifest = shards.manifest
     index = shards.index(split)
     of_slide: dict[str, int] = {}
-    for key, profiles in zip(index.keys, index.profiles.tolist(), strict=True):
-        slide = key.rpartition("_")[0]
-        of_slide[slide] = of_slide.get(slide, 0) + profiles
+    for number, profiles in zip(index.slide.tolist(), index.profiles.tolist(), strict=True):
+        of_slide[index.slides[number]] = of_slide.get(index.slides[number], 0) + profiles
     counted: dict[str, dict[str, dict[str, int]]] = {"study": {}, "organ": {}, "platform": {}}
     for slide, profiles in sorted(of_slide.items()):
         for what, table in counted.items():

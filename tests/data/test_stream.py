@@ -25,7 +25,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     for number, members in enumerate((range(4), range(4, GROUPS))):
         writer = ShardWriter(folder, number)
         for i in members:
-            writer.add(f"s1_{i}", samples.group(i, regions=1, panel="p" if i % 2 else "all"))
+            writer.add(f"s1_{i:05d}", samples.group(i, regions=1, panel="p" if i % 2 else "all"))
         writer.close(folder / "train")
     entry = join_split(folder / "train", [found for n in range(2) if (found := read_sidecar(folder / "train", n))])
     ids = tuple(f"ENSG{i:011d}" for i in range(samples.GENES))
@@ -157,4 +157,4 @@ def test_an_empty_split_is_refused(shards: ShardSet, tmp_path: Path) -> None:
 def test_keys_name_the_groups(shards: ShardSet) -> None:
     own = stream(shards, micro=2)
     named = [key for item in range(2) for key in own.keys(item)]
-    assert named == [f"s1_{g}" for g in np.asarray(permutation(3, 0, GROUPS)[:BATCH])]
+    assert named == [f"s1_{g:05d}" for g in np.asarray(permutation(3, 0, GROUPS)[:BATCH])]
