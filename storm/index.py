@@ -8,7 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ class Span(NamedTuple):
 class Index:
     """Where each group of a split lies, and what it holds; all arrays are of length n (groups)."""
 
+    slides: tuple[str, ...]  # by number
+    path: Path | None  # where it is mapped from
     offset: npt.NDArray[np.int64]
     size: npt.NDArray[np.int32]
     shard: npt.NDArray[np.int32]
@@ -52,10 +54,12 @@ class Index:
     slide: npt.NDArray[np.int32]
     group: npt.NDArray[np.int32]
     sha256: npt.NDArray[np.uint8]  # [n, 32]
-    slides: tuple[str, ...]  # by number
 
     def __len__(self) -> int:
         return len(self.offset)
+
+    def __reduce__(self) -> Any:
+        return (Index.load, (self.path, self.slides)) if self.path else super().__reduce__()  # another process maps too
 
     def key(self, i: int) -> str:
         """The key of group i: what its members' names begin with."""
@@ -91,4 +95,4 @@ class Index:
         if rows.dtype != ROW or rows.ndim != 1:
             raise ValueError(f"{path}: its rows are not those of an index; restore it or pack again")
         plain = np.asarray(rows)  # not the subclass: it is slow to take a number from
-        return cls(*(plain[name] for name in ROW.names or ()), slides=tuple(slides))
+        return cls(tuple(slides), path, *(plain[name] for name in ROW.names or ()))

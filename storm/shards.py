@@ -21,7 +21,7 @@ import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -134,7 +134,7 @@ def join_split(folder: Path, sidecars: Sequence[dict[str, Any]]) -> dict[str, An
             digest = np.frombuffer(bytes.fromhex(sha256), np.uint8)
             rows[at] = (offset, size, shard, profiles, tiles, number_of[slide], int(group), digest)
             offset, at = offset + size, at + 1
-    index = Index(*(rows[name] for name in ROW.names or ()), slides=tuple(slides))
+    index = Index(tuple(slides), None, *(rows[name] for name in ROW.names or ()))
     index.save(folder / INDEX)
     return {
         "shards": [{**{k: s[k] for k in ("name", "bytes", "sha256")}, "groups": len(s["groups"])} for s in sidecars],
@@ -169,8 +169,9 @@ def check_span(data: bytes, span: Span, tar: str) -> None:
 class Tars:
     """The tars of a split in a folder: one read per group, verified. The last ones read stay open."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        """`names` of the files where they are not those of a shard set."""
+        self.folder, self.names = folder, names
         self._open: collections.OrderedDict[int, io.FileIO] = collections.OrderedDict()
 
     def read(self, spans: Sequence[Span]) -> list[bytes]:
@@ -182,9 +183,9 @@ class Tars:
         return [self._read(span) for span in spans]
 
     def _read(self, span: Span) -> bytes:
-        tar = self.folder / shard_name(span.shard)
+        tar = self.path(span.shard)
         try:
-            data = os.pread(self._file(span.shard, tar).fileno(), span.size, span.offset)
+            data = os.pread(self._file(span.shard).fileno(), span.size, span.offset)
         except FileNotFoundError:
             raise DamagedError(f"{tar}: group {span.key}: the shard is missing; restore it or pack again") from None
         except OSError as error:
@@ -192,16 +193,28 @@ class Tars:
         check_span(data, span, str(tar))
         return data
 
-    def _file(self, number: int, tar: Path) -> io.FileIO:
+    def path(self, number: int) -> Path:
+        """Where a shard lies."""
+        return self.folder / (self.names[number] if self.names else shard_name(number))
+
+    def has(self, number: int) -> bool:
+        """Whether a shard is there."""
+        return number in self._open or self.path(number).is_file()
+
+    def open(self, number: int) -> BinaryIO:
+        """A shard from its beginning, to be copied."""
+        return self.path(number).open("rb")
+
+    def _file(self, number: int) -> io.FileIO:
         if number not in self._open:
-            self._open[number] = io.FileIO(tar)
+            self._open[number] = io.FileIO(self.path(number))
             if len(self._open) > _OPEN:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(number)
         return self._open[number]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tars, (self.folder,)  # each process opens its own
+        return Tars, (self.folder, self.names)  # each process opens its own
 
     def __del__(self) -> None:
         for file in self._open.values():

@@ -4,6 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from storm.schema import Group
+
 
 def decode_tile(jpeg: bytes, tile_px: int, source: str, least_px: tuple[int, int] = (0, 0)) -> npt.NDArray[np.uint8]:
     """Pixels uint8 [tile_px, tile_px, 3]; the size in the header is compared before anything is allocated for it.
@@ -25,3 +27,9 @@ def decode_tile(jpeg: bytes, tile_px: int, source: str, least_px: tuple[int, int
     except ValueError as error:
         raise ValueError(f"{source} is damaged ({error}); build and pack its slide again") from error
     raise ValueError(f"{source} is {width} x {height} px, not {tile_px}; build and pack its slide again")
+
+
+def check_tiles(group: Group, tile_px: int) -> None:
+    """Raises ValueError where a tile of a group does not decode."""
+    for place, jpeg in group.tiles.items():
+        decode_tile(jpeg, tile_px, f"slide {group.meta.slide}: tile {place}")
