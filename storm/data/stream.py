@@ -215,7 +215,7 @@ class Batches(Iterator[Batch]):
         self.skipped, self.load_s = 0, 0.0
         # Spawned, not forked: a fork would copy signal handlers, threads and sockets of the process group.
         spawned: dict[str, Any] = {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
-        self._found = iter(DataLoader(
+        self._found: Iterator[Loaded | Fault] = iter(DataLoader(
             stream.loader, batch_size=None, sampler=map(stream.work, items), num_workers=workers,  # type: ignore[arg-type]
             worker_init_fn=_quiet_worker, pin_memory=pin, timeout=stream.config.timeout_s if workers else 0,
             generator=torch.Generator(), **spawned,  # a generator of its own: the model's draws stay what they were

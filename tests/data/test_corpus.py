@@ -18,7 +18,7 @@ from tests.data.corpora import config, slide, stream, write
 def two(tmp_path: Path) -> tuple[Path, Path]:
     """A shard set, and one with other slides and one more panel and organ."""
     first = write(tmp_path / "a", [("s0", i) for i in range(3)])
-    more = {"slides": {"s1": slide(1), "s2": slide(2)}, "organs": ["lung"], "platforms": ["visium"]}
+    more: dict = {"slides": {"s1": slide(1), "s2": slide(2)}, "organs": ["lung"], "platforms": ["visium"]}
     return first, write(tmp_path / "b", [(f"s{1 + i % 2}", i) for i in range(5)], per_shard=2, **more)
 
 

@@ -1,6 +1,7 @@
 """The order: each group once per epoch, or floor or ceil of its expectation; the same for any ranks and resumes."""
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def flat(of: Order, step: int, world: int, micro: int) -> list[Place]:
     return [dealt[i % world][i // world] for i in range(of.global_batch_size)]
 
 
-def times(draw: st.DrawFn, groups: int) -> Multiplicity:
+def times(draw: Callable, groups: int) -> Multiplicity:
     """Any multiplicity whose sum is the number of groups."""
     weights = np.array(draw(st.lists(st.integers(0, 50), min_size=groups, max_size=groups)), np.float64)
     weights[0] += 1
