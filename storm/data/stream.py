@@ -25,7 +25,7 @@ from storm.data.batch import BatchSpec, collate, loss_genes
 from storm.data.corpus import WINDOW_SHARDS, Corpus, Groups, window_shards
 from storm.data.order import Order, Place, Position, accumulation
 from storm.data.remote import RemoteError
-from storm.data.tile import check_tiles
+from storm.data.tile import decode_tiles
 from storm.data.view import draw_view, view_rng
 
 Batch = dict[str, torch.Tensor]
@@ -100,7 +100,7 @@ class Loader(Dataset):
         for one in [place, *others]:
             try:
                 (group,) = self.groups.read([one.group])
-                check_tiles(group, self.spec.tile_px)
+                decode_tiles(group, self.spec.tile_px)
             except RemoteError:
                 raise
             except ValueError as error:
