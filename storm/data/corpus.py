@@ -67,7 +67,12 @@ class Groups:
         return f"{part.reader.path(int(part.index.shard[i]))}: group {part.index.key(i)}"
 
     def read(self, numbers: Sequence[int]) -> list[schema.Group]:
-        """Groups, verified; those of one part are asked for together.
+        """Groups. Raises DamagedError as `packed`, ValueError where they do not decode."""
+        packed = self.packed(numbers)
+        return [decode_span(data, self.source(number)) for number, data in zip(numbers, packed, strict=True)]
+
+    def packed(self, numbers: Sequence[int]) -> list[bytes]:
+        """The bytes of groups, verified; those of one part are asked for together.
 
         Raises:
             DamagedError: a group is not there, or not as it was packed.
@@ -77,7 +82,7 @@ class Groups:
             mine = [(number, i) for number in numbers for found, i in [self._at(number)] if found is part]
             if mine:
                 spans |= zip([n for n, _ in mine], part.reader.read([part.index.span(i) for _, i in mine]), strict=True)
-        return [decode_span(spans[number], self.source(number)) for number in numbers]
+        return [spans[number] for number in numbers]
 
 
 class Corpus:

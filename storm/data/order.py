@@ -34,8 +34,14 @@ def words(seed: int, epoch: int, purpose: int, number: int) -> npt.NDArray[np.ui
 
 
 def permutation(seed: int, epoch: int, purpose: int, number: int) -> Ints:
-    """[number] a random permutation."""
-    return np.argsort(words(seed, epoch, purpose, number), kind="stable")
+    """[number] a random permutation: the numbers, sorted by the upper bits of a random word each.
+
+    A number stands in the lower bits of its word, so that no two words are equal and a plain sort does it.
+    """
+    low = np.uint64(max(1, (number - 1).bit_length()))
+    found = (words(seed, epoch, purpose, number) >> low << low) | np.arange(number, dtype=np.uint64)
+    found.sort()
+    return (found & np.uint64((1 << int(low)) - 1)).astype(np.int64)
 
 
 @dataclass(frozen=True)
