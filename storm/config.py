@@ -114,6 +114,9 @@ class DataConfig(Section):
         description="groups are mixed within so many shards; 0: all; auto: all on a local disk, else 32",
     )
     mixture: MixtureConfig = MixtureConfig()
+    verify: bool = Field(
+        default=True, description="compare each group with its sha256, a tenth of what it takes to decode it"
+    )
     on_error: Literal["fail", "skip"] = Field(default="fail", description="what a damaged group does")
     skip_most: int = Field(default=100, ge=0, description="damaged groups that a rank skips before it fails after all")
     timeout_s: float = Field(default=600.0, gt=0, description="wait for loader processes; then the run ends")

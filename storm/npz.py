@@ -5,6 +5,7 @@ checksums are not taken, since a group's bytes have been compared with their sha
 """
 
 import functools
+import math
 import re
 import struct
 
@@ -53,7 +54,7 @@ def _array(data: bytes, at: int, size: int) -> npt.NDArray:
     if not told:
         raise ValueError("an array of a kind that STORM does not store")
     dtype, shape = _dtype(told[1]), tuple(int(n) for n in told.groups()[1:] if n)
-    number = int(np.prod(shape, dtype=np.int64))
+    number = math.prod(shape)
     if 10 + length + number * dtype.itemsize != size:
         raise ValueError("an array of another size than its header tells")
     return np.frombuffer(data, dtype, number, at + 10 + length).reshape(shape).copy()

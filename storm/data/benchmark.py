@@ -97,9 +97,11 @@ def _finish(folder: Path, entry: dict[str, Any], tile_px: int) -> None:
     })  # fmt: skip
 
 
-def open_stream(folder: Path, batch: int = 8) -> GroupStream:
+def open_stream(folder: Path, batch: int = 8, verify: bool = True) -> GroupStream:
     """The stream over such a set, loaded in this process."""
-    data = DataConfig(shards=str(folder), global_batch_size=batch, micro_batch_size=batch, workers=0, stage_dir="")
+    data = DataConfig(
+        shards=str(folder), global_batch_size=batch, micro_batch_size=batch, workers=0, stage_dir="", verify=verify
+    )
     corpus = open_corpus(data)
     share = np.full(len(corpus.genes), 1 / len(corpus.genes))
     spec = BatchSpec(int(corpus.manifest["tile_px"]), len(share), corpus.panels, ("breast",), share)
@@ -168,6 +170,7 @@ def contenders(folder: Path, scratch: Path) -> dict[str, Iterator[Decoded]]:
     stream = open_stream(folder)
     found = {
         "pure decode from memory": _from_memory(stream), "storm": _from_stream(stream),
+        "storm, data.verify=false": _from_stream(open_stream(folder, verify=False)),
         "webdataset": _from_webdataset(folder, _by_numpy),
         "webdataset, storm's arrays": _from_webdataset(folder, lambda data: load_arrays(data, "webdataset")),
     }  # fmt: skip

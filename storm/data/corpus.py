@@ -31,7 +31,7 @@ class Reader(Protocol):
 
     def read(self, spans: Sequence[Span]) -> list[bytes]: ...
 
-    def path(self, number: int) -> Any: ...
+    def path(self, number: int) -> str: ...
 
 
 @dataclass
@@ -223,7 +223,7 @@ def open_corpus(data: DataConfig, split: str | None = None) -> Corpus:
             readers.append(RemoteTars(server, split, Cache(cache / "groups", data.cache_gb * _GB)))
         else:
             sets.append(ShardSet(Path(name)))
-            readers.append(Tars(Path(name) / split))
+            readers.append(Tars(Path(name) / split, verify=data.verify))
     corpus = Corpus(sets, names, split, readers)
     folder = stage_folder(data, far(data))
     if folder:

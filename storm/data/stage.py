@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 from storm import files
 from storm.config import DataConfig
@@ -32,7 +32,7 @@ class Source(Protocol):
 
     def read(self, spans: Sequence[Span]) -> list[bytes]: ...
 
-    def path(self, number: int) -> Any: ...
+    def path(self, number: int) -> str: ...
 
     def open(self, number: int) -> BinaryIO: ...
 
@@ -67,10 +67,10 @@ class Staged:
             return self._near.read([span])[0]
         except DamagedError as error:
             print(f"{error}: the copy is removed, and the group read from its source", file=sys.stderr, flush=True)
-            self._near.path(span.shard).unlink(missing_ok=True)
+            Path(self._near.path(span.shard)).unlink(missing_ok=True)
             return None
 
-    def path(self, number: int) -> Any:
+    def path(self, number: int) -> str:
         """Where the shard itself lies."""
         return self.source.path(number)
 

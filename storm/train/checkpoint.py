@@ -24,8 +24,8 @@ from storm.train.engine import Engine, World
 
 # What may differ between a run and its continuation: it changes neither losses nor weights.
 _FREE = {
-    "run_dir", "log_every", "data.shards", "data.workers", "data.on_error", "data.skip_most", "data.timeout_s",
-    "data.stage_dir", "data.stage_gb", "data.cache_dir", "data.cache_gb", "data.remote_timeout_s",
+    "run_dir", "log_every", "data.shards", "data.workers", "data.verify", "data.on_error", "data.skip_most",
+    "data.timeout_s", "data.stage_dir", "data.stage_gb", "data.cache_dir", "data.cache_gb", "data.remote_timeout_s",
     "data.remote_retries", "checkpoint.every_steps", "checkpoint.keep_last",
 }  # fmt: skip
 
