@@ -136,6 +136,9 @@ class Trainer:
             checkpoint.check(found, self.contents, self.world)
             self.step = self.stream.step_at(checkpoint.load(found, self.engine, self.world))
             engine.barrier()  # nothing is removed before every rank has loaded
+        if len(set(engine.gather(self.stream.order_hash))) > 1:
+            raise ValueError(f"{self.config.data.shards}: the nodes see it on different file systems, and would take "
+                             "its groups in different orders; set data.window_shards=0 or 32")  # fmt: skip
         if self.world.rank == 0:
             print(f"{self.run_dir}: {f'continues from {found.name}' if found else 'begins'}", flush=True)
             checkpoint.sweep(self.run_dir)

@@ -76,7 +76,8 @@ def test_kills_and_resumes_on_other_ranks_lose_and_repeat_nothing(tmp_path: Path
         process.join()
         hits += process.exitcode == -9
         if (tmp_path / "state.json").is_file():
-            resumed.add(json.loads((tmp_path / "state.json").read_text())["position"]["groups"])
+            stored = json.loads((tmp_path / "state.json").read_text())["position"]
+            resumed.add((stored["epoch"], stored["groups"]))
     assert hits == KILLS // 2
     state = tmp_path / "state.json"
     done = json.loads(state.read_text())["position"] if state.is_file() else {"epoch": 0}
