@@ -49,7 +49,7 @@ def _samples(folder: Path) -> Iterator[dict[str, Any]]:
             with path.open("rb") as handle:
                 handle.seek(int(index.offset[i]))
                 span = handle.read(int(index.size[i]))
-            yield {"__key__": index.keys[i], **shards.members(span)}
+            yield {"__key__": index.key(i), **shards.members(span)}
 
 
 def _webdataset(samples: list[dict[str, Any]], target: Path) -> None:

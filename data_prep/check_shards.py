@@ -18,6 +18,7 @@ import numpy as np
 from data_prep.check_store import READ_ERRORS
 from data_prep.packing import manifest as describe
 from storm import files, shards
+from storm.index import INDEX, Index
 
 _END = bytes(1024)  # of a tar
 _AGAIN = "restore it or pack again"
@@ -31,7 +32,7 @@ class Checked:
     faults: list[str] = field(default_factory=list)
 
 
-def check_shard(path: Path, entry: dict[str, Any], index: shards.Index, number: int) -> Checked:
+def check_shard(path: Path, entry: dict[str, Any], index: Index, number: int) -> Checked:
     """Read one shard against its entry in the manifest and its groups in the index.
 
     Raises:
@@ -43,19 +44,19 @@ def check_shard(path: Path, entry: dict[str, Any], index: shards.Index, number: 
     with path.open("rb") as handle:
         for i in np.flatnonzero(index.shard == number).tolist():
             if index.offset[i] != at:
-                found.faults.append(f"group {index.keys[i]}: lies not where the one before it ends; {_AGAIN}")
+                found.faults.append(f"group {index.key(i)}: lies not where the one before it ends; {_AGAIN}")
                 handle.seek(int(index.offset[i]))
             span = handle.read(int(index.size[i]))
             at = int(index.offset[i]) + len(span)
             whole.update(span)
             if hashlib.sha256(span).digest() != index.sha256[i].tobytes():
                 fact = "truncated" if len(span) < index.size[i] else "damaged (sha256)"
-                found.faults.append(f"group {index.keys[i]}: {fact}; {_AGAIN}")
+                found.faults.append(f"group {index.key(i)}: {fact}; {_AGAIN}")
                 continue
             slide, own, fault = _group(span, index, i)
             names.setdefault(slide, []).append(own)
             if fault:
-                found.faults.append(f"group {index.keys[i]}: {fault}; {_AGAIN}")
+                found.faults.append(f"group {index.key(i)}: {fault}; {_AGAIN}")
         rest = handle.read()
     whole.update(rest)
     if rest != _END:
@@ -66,7 +67,7 @@ def check_shard(path: Path, entry: dict[str, Any], index: shards.Index, number: 
     return found
 
 
-def _group(span: bytes, index: shards.Index, i: int) -> tuple[str, bytes, str]:
+def _group(span: bytes, index: Index, i: int) -> tuple[str, bytes, str]:
     """(slide, names of its profiles as packed text, fault) of a group."""
     members = shards.members(span)
     with zipfile.ZipFile(io.BytesIO(members["profiles.npz"])) as archive:
@@ -74,7 +75,7 @@ def _group(span: bytes, index: shards.Index, i: int) -> tuple[str, bytes, str]:
     count = names.count(b"\n") + 1 if names else 0
     tiles = sum(name.endswith(".jpg") for name in members)
     fault = ""
-    if not span.startswith(f"{index.keys[i]}.".encode()):
+    if not span.startswith(f"{index.key(i)}.".encode()):
         fault = "the tar calls it otherwise"
     elif (count, tiles) != (index.profiles[i], index.tiles[i]):
         fault = f"holds {count} profiles and {tiles} tiles, the index tells {index.profiles[i]} and {index.tiles[i]}"
@@ -116,7 +117,7 @@ class CheckShard:
         entry = self.manifest["splits"][split]["shards"][number]
         path = self.folder / split / entry["name"]
         try:
-            index = shards.Index.load(self.folder / split / shards.INDEX)
+            index = Index.load(self.folder / split / INDEX, self.manifest["splits"][split]["slides"])
             checked = check_shard(path, entry, index, number)
         except FileNotFoundError:
             checked = Checked(faults=[f"missing; {_AGAIN}"])

@@ -159,7 +159,7 @@ def set_text(folder: Path) -> list[str]:
         index = opened.index(split)
         lines.append(f"groups of {split}: {_spread(index.profiles)} profiles, {_spread(index.tiles)} tiles, "
                      f"{_spread(index.size)} bytes")  # fmt: skip
-        lines += [f"  {key}" for key in index.keys[:_FIRST]]
+        lines += [f"  {index.key(i)}" for i in range(min(len(index), _FIRST))]
     return lines
 
 
@@ -210,8 +210,8 @@ def _sample(path: Path, key: str) -> tuple[schema.Group, genes.GeneTable | None]
         opened = shards.ShardSet(path)
         for split in opened.manifest["splits"]:
             index = opened.index(split)
-            if key in index.keys:
-                return opened.read(split, index, index.keys.index(key)), opened.genes
+            if (i := index.find(key)) is not None:
+                return opened.read(split, index, i), opened.genes
     else:
         table = path.parent.parent / shards.GENES
         for own, start, size in _samples(path):

@@ -7,7 +7,7 @@ In: a YAML file that holds only what differs from the defaults below, and `key.s
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -82,14 +82,59 @@ class PrepConfig(Section):
     seed: int = Field(default=0, ge=0)
 
 
-class DataConfig(Section):
-    """What is streamed."""
+class MixtureConfig(Section):
+    """How often groups come per epoch; by default each exactly once, whatever it is of.
 
-    shards: str = Field(description="folder of a shard set")
+    Shares are of the groups of an epoch, which stays as long as it is without weights.
+    """
+
+    corpora: list[float] = Field(default=[], description="weight of each shard set of data.shards; none: equal")
+    power: float = Field(
+        default=1.0, ge=0, le=1, description="studies, donors of a study and sections of a donor weigh groups ** power"
+    )
+    study_most: float = Field(default=1.0, gt=0, le=1, description="largest share of one study")
+    donor_most: float = Field(default=1.0, gt=0, le=1, description="largest share of one donor")
+    platform_least: float = Field(default=0.0, ge=0, le=1, description="smallest share of each platform")
+    repeat_most: float = Field(default=8.0, ge=1, description="a group comes at most so often per epoch")
+
+
+class DataConfig(Section):
+    """What is streamed, in which order, and from where."""
+
+    shards: str | list[str] = Field(
+        description="folder or URL (https, s3) of a shard set, or several of them with the same genes"
+    )
     split: Literal["train", "val", "test"] = "train"
-    workers: int = Field(default=0, ge=0, description="loader processes per rank; 0 loads in the rank's own process")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="loader processes per rank; 0: the rank itself; auto: its cores but one"
+    )
     global_batch_size: int = Field(default=4, ge=1, description="groups per optimizer step over all ranks")
     micro_batch_size: int = Field(default=1, ge=1, description="groups per forward on a rank")
+    last_batch: Literal["span", "drop"] = Field(
+        default="span", description="a batch may span two epochs, or each epoch drops the groups that fill no batch"
+    )
+    window_shards: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="groups are mixed within so many shards; 0: all; auto: all on a local disk, else 32",
+    )
+    mixture: MixtureConfig = MixtureConfig()
+    verify: bool = Field(
+        default=True, description="compare each group with its sha256, a tenth of what it takes to decode it"
+    )
+    on_error: Literal["fail", "skip"] = Field(default="fail", description="what a damaged group does")
+    skip_most: int = Field(default=100, ge=0, description="damaged groups that a rank skips before it fails after all")
+    timeout_s: float = Field(default=600.0, gt=0, description="wait for loader processes; then the run ends")
+    stage_dir: str = Field(
+        default="auto",
+        description="folder on a local disk to copy shards to; auto: SLURM_TMPDIR or TMPDIR of a job; empty: none",
+    )
+    stage_gb: float = Field(default=0.0, ge=0, description="of that disk; 0: four fifths of what is free")
+    cache_dir: str = Field(
+        default="auto", description="folder for groups of remote shards; auto: as stage_dir; empty: none"
+    )
+    cache_gb: float = Field(default=50.0, gt=0, description="of that folder, about")
+    remote_timeout_s: float = Field(default=60.0, gt=0, description="of one request")
+    remote_retries: int = Field(default=5, ge=0, description="of a request that failed, each after twice the wait")
 
 
 class MaskConfig(Section):

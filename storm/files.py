@@ -237,10 +237,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises ValueError naming the file where it is not JSON."""
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(data: bytes, source: str) -> Any:
+    """The value of JSON bytes. Raises ValueError naming their source where they are none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # not only of syntax: a number of 5,000 digits, 10,000 brackets
-        raise ValueError(f"{path}: not readable as JSON ({error}); restore or rebuild the file") from error
+        raise ValueError(f"{source}: not readable as JSON ({error}); restore or rebuild the file") from error
 
 
 def sha256_of(data: bytes) -> str:

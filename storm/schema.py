@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storm.files import dump_json
+from storm.npz import load_arrays
 
 SCHEMA_VERSION = 2
 
@@ -299,12 +300,12 @@ def decode(members: dict[str, bytes], source: str) -> Group:
     if missing:
         raise ValueError(f"{source}: members {sorted(missing)} are missing; rebuild the shard with data_prep.pack")
     meta = _decode_meta(members["meta.json"], source)
-    with np.load(io.BytesIO(members["profiles.npz"]), allow_pickle=False) as arrays:
-        profiles = Profiles(
-            unpack_text(arrays["ids"]), arrays["xy_um"], arrays["footprint_um"], arrays["footprint_kind"],
-            arrays["indptr"], arrays["gene"], arrays["count"], arrays["polygon_indptr"], arrays["polygon_um"],
-        )  # fmt: skip
-        region = arrays["region"]
+    arrays = load_arrays(members["profiles.npz"], source)
+    profiles = Profiles(
+        unpack_text(arrays["ids"]), arrays["xy_um"], arrays["footprint_um"], arrays["footprint_kind"],
+        arrays["indptr"], arrays["gene"], arrays["count"], arrays["polygon_indptr"], arrays["polygon_um"],
+    )  # fmt: skip
+    region = arrays["region"]
     tiles = {
         (int(m[1]), int(m[2]), int(m[3])): data for name, data in members.items() if (m := _TILE_MEMBER.fullmatch(name))
     }

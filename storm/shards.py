@@ -5,27 +5,30 @@ In: groups with their keys. Out: `<shards>/<split>/000000.tar ...` and random ac
     README.md             the dataset card: counts, licences, how it was made
     genes.tsv             the vocabulary: Ensembl id, symbol, share of counts on training donors
     manifest.json         schema version, gene hash, panels, geometry, per split: shards with sha256, counts
-    <split>/index.npz     per group: shard, offset, size, sha256, profiles, tiles, key
+    <split>/index.npy     per group: where it lies, its hash, what it holds; see storm.index
     <split>/000000.tar    ustar, fixed owner, mode and time: rebuilt shards are byte-identical
 
 While a set is written each shard has a sidecar, `000000.tar.json`, that tells that it is complete and what it holds;
 at the end they become the index and the manifest.
 """
 
+import collections
 import functools
 import hashlib
+import io
+import os
 import re
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from storm import files, schema
 from storm.genes import GeneTable, unpack_panel
+from storm.index import INDEX, ROW, VERSION, DamagedError, Index, Span
 
 _BLOCK = 512
 
@@ -38,42 +41,8 @@ def _blank_header() -> bytes:
 
 _HEADER = _blank_header()
 _TAR = re.compile(r"\d{6,}\.tar")
-MANIFEST, GENES, CARD, INDEX = "manifest.json", "genes.tsv", "README.md", "index.npz"
-
-
-@dataclass(frozen=True)
-class Index:
-    """Where each group of a split lies, and what it holds; all arrays are of length n (groups)."""
-
-    shard: npt.NDArray[np.int32]
-    offset: npt.NDArray[np.int64]  # bytes from the start of the tar
-    size: npt.NDArray[np.int64]  # bytes of the group's members with their headers
-    sha256: npt.NDArray[np.uint8]  # [n, 32] of those bytes
-    profiles: npt.NDArray[np.int32]
-    tiles: npt.NDArray[np.int32]
-    keys: list[str]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def hash(self) -> str:
-        """sha256 over the groups' own hashes in their order: it names the data a stream runs over."""
-        return hashlib.sha256(self.sha256.tobytes()).hexdigest()
-
-    def save(self, path: Path) -> None:
-        """Write the index, complete or not at all."""
-        arrays = {name: getattr(self, name) for name in ("shard", "offset", "size", "sha256", "profiles", "tiles")}
-        files.write_bytes(path, schema.save_arrays({**arrays, "keys": schema.pack_text(self.keys)}))
-
-    @classmethod
-    def load(cls, path: Path) -> "Index":
-        """Read an index. Raises ValueError where there is none."""
-        if not path.is_file():
-            raise ValueError(f"{path}: no such index; the shard set is incomplete, run data_prep.pack again")
-        with np.load(path, allow_pickle=False) as arrays:
-            values = {name: arrays[name] for name in arrays.files}
-        return cls(keys=schema.unpack_text(values.pop("keys")), **values)
+MANIFEST, GENES, CARD = "manifest.json", "genes.tsv", "README.md"
+_OPEN = 64  # tars that a process keeps open; a login shell's limit is often 1,024
 
 
 def _header(name: str, size: int) -> bytes:
@@ -154,28 +123,24 @@ def join_split(folder: Path, sidecars: Sequence[dict[str, Any]]) -> dict[str, An
     Returns:
         The split's entry for the manifest: shards with size and sha256, and the counts.
     """
-    rows = []
-    for number, sidecar in enumerate(sidecars):
+    slides = sorted({group[0].rpartition("_")[0] for sidecar in sidecars for group in sidecar["groups"]})
+    number_of = {name: number for number, name in enumerate(slides)}
+    rows = np.zeros(sum(len(sidecar["groups"]) for sidecar in sidecars), ROW)
+    at = 0
+    for shard, sidecar in enumerate(sidecars):
         offset = 0
         for key, size, sha256, profiles, tiles in sidecar["groups"]:
-            rows.append((number, offset, size, bytes.fromhex(sha256), profiles, tiles, key))
-            offset += size
-    index = _index(rows)
+            slide, _, group = key.rpartition("_")
+            digest = np.frombuffer(bytes.fromhex(sha256), np.uint8)
+            rows[at] = (offset, size, shard, profiles, tiles, number_of[slide], int(group), digest)
+            offset, at = offset + size, at + 1
+    index = Index(tuple(slides), None, *(rows[name] for name in ROW.names or ()))
     index.save(folder / INDEX)
     return {
         "shards": [{**{k: s[k] for k in ("name", "bytes", "sha256")}, "groups": len(s["groups"])} for s in sidecars],
         "groups": len(index), "profiles": int(index.profiles.sum()), "tiles": int(index.tiles.sum()),
-        "index_sha256": files.sha256_file(folder / INDEX),
+        "slides": slides, "index_version": VERSION, "index_sha256": files.sha256_file(folder / INDEX),
     }  # fmt: skip
-
-
-def _index(rows: list[tuple[int, int, int, bytes, int, int, str]]) -> Index:
-    shard, offset, size, digests, profiles, tiles, keys = zip(*rows, strict=True) if rows else ([],) * 7
-    return Index(
-        np.array(shard, np.int32), np.array(offset, np.int64), np.array(size, np.int64),
-        np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32), np.array(profiles, np.int32),
-        np.array(tiles, np.int32), list(keys),
-    )  # fmt: skip
 
 
 def members(span: bytes) -> dict[str, bytes]:
@@ -192,6 +157,70 @@ def members(span: bytes) -> dict[str, bytes]:
 def decode_span(span: bytes, source: str) -> schema.Group:
     """The group of `group_parts`. `source` names it in errors."""
     return schema.decode(members(span), source)
+
+
+def check_span(data: bytes, span: Span, tar: str) -> None:
+    """Raises DamagedError where bytes are not those that were packed. `tar` names the shard."""
+    if hashlib.sha256(data).digest() != span.sha256:
+        fact = "truncated" if len(data) < span.size else "damaged (sha256)"
+        raise DamagedError(f"{tar}: group {span.key}: {fact}; restore the shard or pack again")
+
+
+class Tars:
+    """The tars of a split in a folder: one read per group, verified. The last ones read stay open."""
+
+    def __init__(self, folder: Path, names: Sequence[str] | None = None, verify: bool = True) -> None:
+        """`names` of the files where they are not those of a shard set; without `verify` no hash is compared."""
+        self.folder, self.names, self.verify = folder, names, verify
+        self._open: collections.OrderedDict[int, io.FileIO] = collections.OrderedDict()
+
+    def read(self, spans: Sequence[Span]) -> list[bytes]:
+        """The bytes of groups.
+
+        Raises:
+            DamagedError: a shard is missing, truncated or damaged there (names shard and key).
+        """
+        return [self._read(span) for span in spans]
+
+    def _read(self, span: Span) -> bytes:
+        try:
+            data = os.pread(self._file(span.shard).fileno(), span.size, span.offset)
+        except FileNotFoundError:
+            fact = "the shard is missing; restore it or pack again"
+            raise DamagedError(f"{self.path(span.shard)}: group {span.key}: {fact}") from None
+        except OSError as error:
+            fact = f"does not read ({error.strerror}); look at its disk"
+            raise DamagedError(f"{self.path(span.shard)}: group {span.key}: {fact}") from None
+        if self.verify or len(data) != span.size:
+            check_span(data, span, self.path(span.shard))
+        return data
+
+    def path(self, number: int) -> str:
+        """Where a shard lies. Plain text: it is asked for with every group, and a Path takes as long as the read."""
+        return f"{self.folder}/{self.names[number] if self.names else shard_name(number)}"
+
+    def has(self, number: int) -> bool:
+        """Whether a shard is there."""
+        return number in self._open or os.path.isfile(self.path(number))
+
+    def open(self, number: int) -> BinaryIO:
+        """A shard from its beginning, to be copied."""
+        return open(self.path(number), "rb")
+
+    def _file(self, number: int) -> io.FileIO:
+        if number not in self._open:
+            self._open[number] = io.FileIO(self.path(number))
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tars, (self.folder, self.names, self.verify)  # each process opens its own
+
+    def __del__(self) -> None:
+        for file in self._open.values():
+            file.close()
 
 
 class ShardSet:
@@ -213,11 +242,15 @@ class ShardSet:
         if version != schema.SCHEMA_VERSION:
             raise ValueError(f"{path}: schema version {version}, this code reads {schema.SCHEMA_VERSION}; pack again")
         for split, entry in self.manifest["splits"].items():
+            if entry.get("index_version") != VERSION:
+                raise ValueError(f"{path}: its index is of version {entry.get('index_version', 1)}, this code reads "
+                                 f"{VERSION}; pack again (the stores stay as they are)")  # fmt: skip
             strange = [s["name"] for s in entry["shards"] if not _TAR.fullmatch(s["name"])]
             if split not in schema.SPLITS or strange:
                 raise ValueError(f"{path}: names a {f'shard {strange[0]!r}' if strange else f'split {split!r}'}, "
                                  "which pack never writes; pack again")  # fmt: skip
         self.genes = self._genes(folder / GENES)
+        self._tars: dict[str, Tars] = {}
 
     def _genes(self, path: Path) -> GeneTable:
         if not path.is_file():
@@ -239,28 +272,21 @@ class ShardSet:
         """The index of a split. Raises ValueError where the set has no such split, or its index was changed."""
         if split not in self.manifest["splits"]:
             raise ValueError(f"{self.folder}: has no split {split!r}; it has {sorted(self.manifest['splits'])}")
-        path = self.folder / split / INDEX
-        if path.is_file() and files.sha256_file(path) != self.manifest["splits"][split]["index_sha256"]:
+        path, entry = self.folder / split / INDEX, self.manifest["splits"][split]
+        if path.is_file() and files.sha256_file(path) != entry["index_sha256"]:
             raise ValueError(f"{path}: not the index that was packed (sha256); pack again")
-        return Index.load(path)
+        return Index.load(path, entry["slides"])
 
     def read(self, split: str, index: Index, i: int) -> schema.Group:
         """Group i of a split, verified against its hash.
 
         Raises:
-            ValueError: the shard is missing, truncated or damaged there (names shard and key).
+            DamagedError: the shard is missing, truncated or damaged there (names shard and key).
         """
-        path = self.folder / split / shard_name(int(index.shard[i]))
-        source = f"{path}: group {index.keys[i]}"
-        if not path.is_file():
-            raise ValueError(f"{source}: the shard is missing; restore it or pack again")
-        with path.open("rb") as handle:
-            handle.seek(int(index.offset[i]))
-            span = handle.read(int(index.size[i]))
-        if hashlib.sha256(span).digest() != index.sha256[i].tobytes():
-            fact = "truncated" if len(span) < index.size[i] else "damaged (sha256)"
-            raise ValueError(f"{source}: {fact}; restore the shard or pack again")
-        return decode_span(span, source)
+        if split not in self._tars:
+            self._tars[split] = Tars(self.folder / split)
+        (data,) = self._tars[split].read([index.span(i)])
+        return decode_span(data, f"{self.folder / split / shard_name(int(index.shard[i]))}: group {index.key(i)}")
 
 
 def verify(folder: Path) -> list[str]:

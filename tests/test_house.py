@@ -16,7 +16,10 @@ ROOTS = ("storm", "data_prep", "launch")
 
 # Module or package -> layer. A module of storm that is neither named here nor inside a package named here has no layer,
 # which is an error: whoever adds it says where it belongs.
-BASE = ("schema", "genes", "presets", "regions", "store", "shards", "config", "files", "commands", "markdown", "counts")
+BASE = (
+    "schema", "npz", "genes", "presets", "regions", "store", "index", "shards", "config", "files", "commands",
+    "markdown", "counts",
+)  # fmt: skip
 ABOVE = ("data", "model", "losses", "checkpoints", "train", "export", "inference", "results", "evaluate", "cli")
 LAYERS = {
     "storm": "base",  # storm/__init__.py itself

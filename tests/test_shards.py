@@ -11,6 +11,7 @@ import pytest
 import webdataset
 
 from storm import files, schema, shards, store
+from storm.index import INDEX, ROW, Index
 
 SPLIT = "train"
 
@@ -42,7 +43,7 @@ def test_plain_webdataset_reads_the_shards(tiny_shards: Path) -> None:
     opened = shards.ShardSet(tiny_shards)
     index = opened.index(SPLIT)
     samples = list(webdataset.WebDataset(str(tar_of(tiny_shards)), shardshuffle=False).decode("rgb8"))
-    assert [s["__key__"] for s in samples] == index.keys
+    assert [s["__key__"] for s in samples] == [index.key(i) for i in range(len(index))]
     for i, sample in enumerate(samples):
         group = opened.read(SPLIT, index, i)
         assert sample["meta.json"]["slide"] == group.meta.slide
@@ -57,7 +58,7 @@ def test_members_carry_no_owner_and_no_time(tiny_shards: Path) -> None:
         assert {(m.uid, m.gid, m.uname, m.gname, m.mtime, m.mode) for m in tar} == {(0, 0, "", "", 0, 0o644)}
 
 
-def rewritten(tiny_shards: Path, folder: Path, per_shard: int) -> tuple[shards.Index, dict[str, Any]]:
+def rewritten(tiny_shards: Path, folder: Path, per_shard: int) -> tuple[Index, dict[str, Any]]:
     """The groups of a split written again; (their index, the new split's entry)."""
     opened = shards.ShardSet(tiny_shards)
     index = opened.index(SPLIT)
@@ -65,7 +66,7 @@ def rewritten(tiny_shards: Path, folder: Path, per_shard: int) -> tuple[shards.I
     for number in numbers:
         writer = shards.ShardWriter(folder, number)
         for i in range(number * per_shard, min(len(index), (number + 1) * per_shard)):
-            writer.add(index.keys[i], opened.read(SPLIT, index, i))
+            writer.add(index.key(i), opened.read(SPLIT, index, i))
         writer.close(folder / SPLIT)
     sidecars = [found for n in numbers if (found := shards.read_sidecar(folder / SPLIT, n))]
     return index, shards.join_split(folder / SPLIT, sidecars)
@@ -80,7 +81,9 @@ def test_a_rewritten_split_is_byte_identical(tiny_shards: Path, tmp_path: Path) 
 def test_small_shards_hold_the_same_groups(tiny_shards: Path, tmp_path: Path) -> None:
     index, entry = rewritten(tiny_shards, tmp_path, 1)
     assert [s["groups"] for s in entry["shards"]] == [1] * len(index)
-    assert shards.Index.load(tmp_path / SPLIT / shards.INDEX).hash == index.hash
+    again = Index.load(tmp_path / SPLIT / INDEX, entry["slides"])
+    assert (again.sha256 == index.sha256).all()
+    assert [again.key(i) for i in range(len(again))] == [index.key(i) for i in range(len(index))]
     assert sorted(p.name for p in tmp_path.iterdir()) == [SPLIT]
 
 
@@ -90,11 +93,11 @@ def test_a_group_is_the_tar_that_the_library_would_write(tiny_shards: Path) -> N
     group, buffer = opened.read(SPLIT, index, 0), io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in schema.encode(group):
-            entry = tarfile.TarInfo(f"{index.keys[0]}.{name}")
+            entry = tarfile.TarInfo(f"{index.key(0)}.{name}")
             entry.size, entry.mode = len(data), 0o644
             tar.addfile(entry, io.BytesIO(data))
         end = tar.offset
-    assert b"".join(shards.group_parts(index.keys[0], group)) == buffer.getvalue()[:end]
+    assert b"".join(shards.group_parts(index.key(0), group)) == buffer.getvalue()[:end]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,7 @@ def test_a_truncated_tar_is_named(shard_copy: Path) -> None:
     opened = shards.ShardSet(shard_copy)
     index = opened.index(SPLIT)
     last = int(np.argmax(index.offset))
-    with pytest.raises(ValueError, match=rf"000000\.tar: group {index.keys[last]}: truncated"):
+    with pytest.raises(ValueError, match=rf"000000\.tar: group {index.key(last)}: truncated"):
         opened.read(SPLIT, index, last)
     assert [fault for fault in shards.verify(shard_copy) if "sha256" in fault] == shards.verify(shard_copy) != []
 
@@ -144,7 +147,7 @@ def test_missing_and_changed_files_are_named(shard_copy: Path) -> None:
         opened.read(SPLIT, index, 0)
     with pytest.raises(ValueError, match="has no split 'val'"):
         opened.index("val")
-    files.write_bytes(shard_copy / SPLIT / shards.INDEX, schema.save_arrays({"shard": np.zeros(1)}))
+    files.write_bytes(shard_copy / SPLIT / INDEX, schema.save_arrays({"shard": np.zeros(1)}))
     with pytest.raises(ValueError, match="not the index that was packed"):
         opened.index(SPLIT)
     with (shard_copy / shards.GENES).open("a") as handle:
@@ -160,9 +163,9 @@ def test_missing_and_changed_files_are_named(shard_copy: Path) -> None:
 
 
 def test_a_changed_index_is_a_fault(shard_copy: Path) -> None:
-    with (shard_copy / SPLIT / shards.INDEX).open("ab") as handle:
+    with (shard_copy / SPLIT / INDEX).open("ab") as handle:
         handle.write(b"x")
-    assert ["index.npz: its sha256" in fault for fault in shards.verify(shard_copy)] == [True]
+    assert ["index.npy: its sha256" in fault for fault in shards.verify(shard_copy)] == [True]
 
 
 @pytest.mark.parametrize("what", ["shard", "split"])
@@ -188,3 +191,29 @@ def test_a_manifest_that_is_a_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(ValueError, match=r"manifest\.json: schema version None, this code reads"):
         shards.ShardSet(tmp_path)
+
+
+def test_an_index_is_mapped_and_finds_its_keys(tiny_shards: Path) -> None:
+    index = shards.ShardSet(tiny_shards).index(SPLIT)
+    keys = [index.key(i) for i in range(len(index))]
+    assert ROW.itemsize == 64 and not (index.offset.flags.owndata or index.offset.flags.writeable)
+    assert [index.find(key) for key in keys] == list(range(len(index)))
+    assert [index.find(key) for key in ("nobody_00000", f"{index.slides[0]}_99999", keys[0][:-1], "")] == [None] * 4
+
+
+def test_a_set_with_an_older_index_is_refused_with_the_cure(shard_copy: Path) -> None:
+    manifest = files.read_json(shard_copy / shards.MANIFEST)
+    del manifest["splits"][SPLIT]["index_version"]
+    files.write_json(shard_copy / shards.MANIFEST, manifest)
+    with pytest.raises(ValueError, match=r"manifest\.json: its index is of version 1, .* pack again"):
+        shards.ShardSet(shard_copy)
+
+
+def test_few_tars_stay_open(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_OPEN", 2)
+    index, entry = rewritten(tiny_shards, tmp_path, 1)
+    again, tars = Index.load(tmp_path / SPLIT / INDEX, entry["slides"]), shards.Tars(tmp_path / SPLIT)
+    for i in (0, 1, 2, 0):
+        (span,) = tars.read([again.span(i)])
+        assert len(span) == index.size[i]
+    assert len(tars._open) == 2

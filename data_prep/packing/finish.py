@@ -16,6 +16,7 @@ from data_prep.packing.plan import Plan
 from data_prep.packing.sources import named
 from storm import files, genes, schema, shards
 from storm.config import PrepConfig
+from storm.index import INDEX
 
 PLAN = "plan.json"
 _WORK = r"\.{}\.[0-9a-f]{{16}}\.packing"
@@ -74,7 +75,7 @@ def finish(work: Path, out: Path, plan: Plan | None) -> dict[str, Any]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     for folder in (path for path in work.iterdir() if path.is_dir()):
         for path in folder.iterdir():
-            if path.name != shards.INDEX and not path.name.endswith(".tar"):
+            if path.name != INDEX and not path.name.endswith(".tar"):
                 path.unlink(missing_ok=True)  # another pack of the same set may finish it, too
     files.install_folder(work, out)
     clear(out)

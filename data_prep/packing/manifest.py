@@ -17,6 +17,7 @@ from data_prep.packing.plan import Plan, Scanned
 from data_prep.packing.sources import Held, Source, named
 from storm import files, genes, schema
 from storm.config import PrepConfig
+from storm.index import VERSION
 from storm.store import SlideInfo
 
 
@@ -48,7 +49,7 @@ def fingerprint(sources: Sequence[Source], held: Held, config: PrepConfig, missi
     """A hash of all that a shard set is a function of; it tells how many slides were `missing`."""
     facts = {
         "stores": {source.slide_id: source.sha256 for source in sources}, "prep": prep(config),
-        "schema_version": schema.SCHEMA_VERSION, "appended_to": held.manifests,
+        "schema_version": schema.SCHEMA_VERSION, "index_version": VERSION, "appended_to": held.manifests,
         "missing": missing,
     }  # fmt: skip
     return files.sha256_of(files.dump_json(facts))

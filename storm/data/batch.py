@@ -192,13 +192,14 @@ def _tiles(layout: _Layout, spec: BatchSpec) -> None:
             row, col = _tile_place(part, place, position[region, c])
             present[region, c] = True
             source = f"slide {part.group.meta.slide}: tile {place}"
-            tile = decode_tile(part.group.tiles[place], spec.tile_px, source)
             if place in part.view.hidden_tiles:
                 hidden[region, c] = True
-                target[region, c] = stain.tile_statistics(tile)
+                target[region, c] = stain.tile_statistics(decode_tile(part.group.tiles[place], spec.tile_px, source))
                 continue
             at[region, row, col] = len(slots)
-            pixels[len(slots)] = _turn_pixels(tile if table is None else stain.restain(tile, table), part.view)
+            tile = decode_tile(part.group.tiles[place], spec.tile_px, source, out=pixels[len(slots)])
+            if table is not None or part.view.flip or part.view.turns:
+                pixels[len(slots)] = _turn_pixels(tile if table is None else stain.restain(tile, table), part.view)
             slots.append(region * layout.c + c)
     layout.out["tiles"] = pixels
     layout.out["tile_weight"] = np.full(len(pixels), float(encoded > 0), np.float32)

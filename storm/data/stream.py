@@ -1,168 +1,203 @@
-"""The stream: groups of a shard set in an order that is a pure function of (seed, epoch), dealt to ranks, as batches.
+"""The stream: the groups of a corpus in their order, dealt to ranks, read, shown and collated.
 
-In: a split of a shard set, the seed, the global batch size. Out: the collated micro-batches of each step.
-
-The order is the endless row of all epochs' permutations; global batch b holds its places [b * B, (b + 1) * B). So each
-group comes exactly once per epoch, a batch may span the end of an epoch, nothing is dropped and nothing is padded. Of
-each global batch rank r of W takes the places r, r + W, ...: the batches are the same for every number of ranks,
-workers and micro-batches, and the whole state is one `Position`.
+In: a corpus, what a batch is made with, the config. Out: the micro-batches of each step. Which groups they hold, and in
+which order, says `storm.data.order`; the whole state is one `Position`. Loader processes are told the places they shall
+load and hold no order of their own, so any number of them gives the same batches.
 """
 
 import dataclasses
 import functools
-import hashlib
 import signal
+import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from storm.config import MaskConfig
+from storm import schema
+from storm.config import DataConfig, MaskConfig
+from storm.data import mixture, places
 from storm.data.batch import BatchSpec, collate, loss_genes
+from storm.data.corpus import WINDOW_SHARDS, Corpus, Groups, window_shards
+from storm.data.order import Order, Place, Position, accumulation
+from storm.data.remote import RemoteError
+from storm.data.tile import decode_tiles
 from storm.data.view import draw_view, view_rng
-from storm.shards import Index, ShardSet
 
 Batch = dict[str, torch.Tensor]
 
-_ORDER, _GENES = 1, 2  # keep the generators of different purposes apart
+_GENES = 2  # keeps the generator of the loss genes apart from those of the order
+_OTHERS = 8  # groups that are tried in place of a damaged one
+_NAMED = 4
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a stream stands: `groups` were taken of `epoch`, in the order that `order_hash` names."""
-
-    seed: int
-    epoch: int
-    groups: int
-    order_hash: str
+class StreamError(ValueError):
+    """The stream cannot go on; it names the groups that were waited for, or how many were damaged."""
 
 
-@functools.lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
-    """[size] the group at each place of an epoch's order."""
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch], spawn_key=(_ORDER,))))
-    return rng.permutation(size)
+class Work(NamedTuple):
+    """A micro-batch to load: its step and its places; for each place those that stand in where its group is damaged."""
+
+    step: int
+    places: list[Place]
+    others: list[list[Place]]
 
 
-@dataclass(frozen=True)
-class Order:
-    """Which groups each step takes."""
+class Loaded(NamedTuple):
+    """A micro-batch, why groups were skipped for it, and how long it took to load."""
 
-    size: int  # groups of the split
-    seed: int
-    global_batch_size: int
-
-    def place(self, at: int) -> tuple[int, int, int]:
-        """(epoch, index in the epoch, group) of a place of the endless row."""
-        epoch, index = divmod(at, self.size)
-        return epoch, index, int(permutation(self.seed, epoch, self.size)[index])
-
-    def micro_batches(self, step: int, rank: int, world: int, micro: int) -> list[list[tuple[int, int, int]]]:
-        """The places of a rank in a step, divided into its micro-batches of `micro` groups."""
-        first = step * self.global_batch_size
-        mine = [self.place(at) for at in range(first + rank, first + self.global_batch_size, world)]
-        return [mine[i : i + micro] for i in range(0, len(mine), micro)]
+    batch: Batch
+    skipped: list[str]
+    seconds: float
 
 
-def accumulation(global_batch_size: int, micro_batch_size: int, world: int) -> int:
-    """Micro-batches per rank and step.
+class Fault(NamedTuple):
+    """Why a micro-batch was not loaded. As a value, since an error that leaves a loader process becomes a traceback."""
 
-    Raises:
-        ValueError: the global batch cannot be dealt evenly; the numbers of ranks for which it can are named.
-    """
-    per_rank, rest = divmod(global_batch_size, world * micro_batch_size)
-    if rest or not per_rank:
-        share = global_batch_size // micro_batch_size
-        valid = [w for w in range(1, share + 1) if global_batch_size % (w * micro_batch_size) == 0]
-        cure = f"use {', '.join(map(str, valid))} ranks" if valid else "choose a micro_batch_size that divides it"
-        raise ValueError(
-            f"data.global_batch_size={global_batch_size} cannot be dealt to {world} ranks in micro-batches of "
-            f"{micro_batch_size} groups: {cure}, or change data.global_batch_size or data.micro_batch_size"
-        )
-    return per_rank
+    text: str
 
 
-class GroupStream(Dataset):
-    """Item i = micro-batch i % A of step i // A, collated; a pure function of i. A = micro-batches per step.
+class Loader(Dataset):
+    """Work -> Loaded: reads, shows and collates groups. Pickled to loader processes."""
 
-    Pickled to loader processes, so it holds the folder's index and no open file.
-    """
+    def __init__(self, groups: Groups, spec: BatchSpec, mask: MaskConfig, seed: int) -> None:
+        self.groups, self.spec, self.mask, self.seed = groups, spec, mask, seed
+
+    def __getitem__(self, work: Work) -> Loaded | Fault:
+        began = time.perf_counter()
+        try:
+            batch, skipped = self.load(work)
+        except ValueError as error:
+            return Fault(str(error))
+        return Loaded(batch, skipped, time.perf_counter() - began)
+
+    def load(self, work: Work) -> tuple[Batch, list[str]]:
+        """(batch, faults of the groups that were replaced). Raises ValueError for a group that is not replaced."""
+        try:
+            return self._collate(work, self.groups.read([place.group for place in work.places])), []
+        except RemoteError:
+            raise
+        except ValueError:
+            if not work.others:
+                raise
+        found = [self._sound(place, others) for place, others in zip(work.places, work.others, strict=True)]
+        return self._collate(work, [group for group, _ in found]), [fault for _, faults in found for fault in faults]
+
+    def _collate(self, work: Work, groups: list[schema.Group]) -> Batch:
+        views = [
+            draw_view(group, self.mask, view_rng(self.seed, place.epoch, place.number), self.spec.panel(group))
+            for group, place in zip(groups, work.places, strict=True)
+        ]
+        return collate(groups, views, self.spec, self.genes(work.step))
+
+    def _sound(self, place: Place, others: list[Place]) -> tuple[schema.Group, list[str]]:
+        """The group of a place, or the first sound one of those that stand in, and the faults before it."""
+        faults: list[str] = []
+        for one in [place, *others]:
+            try:
+                (group,) = self.groups.read([one.group])
+                decode_tiles(group, self.spec.tile_px)
+            except RemoteError:
+                raise
+            except ValueError as error:
+                faults.append(str(error))
+            else:
+                return group, faults
+        raise StreamError(f"{len(faults)} groups in a row are damaged, the first: {faults[0]}")
+
+    def genes(self, step: int) -> npt.NDArray[np.int64]:
+        """[K] the loss genes of a step, the same on every rank."""
+        key = np.random.SeedSequence([self.seed, step], spawn_key=(_GENES,))
+        return loss_genes(self.spec, self.mask.loss_genes, np.random.Generator(np.random.Philox(key)))
+
+
+class GroupStream:
+    """Item i = micro-batch i % A of step i // A; a pure function of i. A = `accumulation`, micro-batches per step."""
 
     def __init__(
-        self, shards: ShardSet, split: str, spec: BatchSpec, mask: MaskConfig, number_of_genes: int, order_seed: int,
-        global_batch_size: int, micro_batch_size: int, rank: int = 0, world: int = 1,
+        self, corpus: Corpus, spec: BatchSpec, mask: MaskConfig, data: DataConfig, seed: int,
+        rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
-        """Open a split.
+        """Fix the order.
 
         Raises:
-            ValueError: the split is empty, or the global batch cannot be dealt to `world` ranks.
+            ValueError: the global batch cannot be dealt to `world` ranks, or the mixture cannot hold.
         """
-        self.shards, self.split, self.spec, self.mask = shards, split, spec, mask
-        self.index: Index = shards.index(split)
-        if not len(self.index):
-            raise ValueError(f"{shards.folder}: split {split!r} holds no group; pack with slides in that split")
-        self.order = Order(len(self.index), order_seed, global_batch_size)
-        self.number_of_genes, self.micro_batch_size = number_of_genes, micro_batch_size
-        self.rank, self.world = rank, world
-        self.accumulation = accumulation(global_batch_size, micro_batch_size, world)
+        self.corpus, self.config, self.rank, self.world = corpus, data, rank, world
+        self.accumulation = accumulation(data.global_batch_size, data.micro_batch_size, world)
+        plain = mixture.is_plain(data.mixture)
+        times = None if plain else mixture.multiplicity(*corpus.slides(), data.mixture)
+        size = data.global_batch_size
+        self.order = Order(corpus.shard_groups, seed, size, window_shards(data), data.last_batch, times)
+        if not self.order.size:
+            raise ValueError(
+                f"{corpus.name}: {self.order.groups} groups fill no batch of data.global_batch_size={size}; lower it, "
+                "or set data.last_batch=span"
+            )
+        self.loader = Loader(corpus.groups, spec, mask, seed)
 
     def __len__(self) -> int:
         """Micro-batches of one rank in an epoch, rounded up; the row itself has no end."""
-        return -(-len(self.index) // self.order.global_batch_size) * self.accumulation
+        return -(-self.order.size // self.order.global_batch_size) * self.accumulation
+
+    @functools.cached_property
+    def _hashes(self) -> dict[int, str]:
+        """window_shards -> order hash, of the orders that the config leaves open."""
+        windows = (0, WINDOW_SHARDS) if self.config.window_shards == "auto" else (self.order.window_shards,)
+        found = self.corpus.groups_hash
+        return {w: dataclasses.replace(self.order, window_shards=w).hash(found) for w in windows}
 
     @property
     def order_hash(self) -> str:
-        """sha256 of what the order depends on beside seed and epoch: the groups and the global batch size."""
-        text = f"{self.index.hash} {self.order.global_batch_size}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        """sha256 of what the order depends on beside seed and epoch: groups, mixture, window, batch size and policy."""
+        return self._hashes[self.order.window_shards]
 
     def position(self, step: int) -> Position:
         """The position after `step` steps."""
-        epoch, groups = divmod(step * self.order.global_batch_size, self.order.size)
-        return Position(self.order.seed, epoch, groups, self.order_hash)
+        return self.order.position(step, self.order_hash)
 
     def step_at(self, position: Position) -> int:
-        """The number of steps that led to a position.
+        """The number of steps that led to a position; where `window_shards` is auto, the stream takes the window of the
+        position, whatever file system the shards now lie on.
 
         Raises:
             ValueError: the position is of another seed, other data, or no step of this stream ends there.
         """
-        taken = position.epoch * self.order.size + position.groups
-        step = taken // self.order.global_batch_size
+        for window, order_hash in self._hashes.items():
+            if order_hash == position.order_hash:
+                self.order = dataclasses.replace(self.order, window_shards=window)
+        step = self.order.step_at(position)
         if self.position(step) != position:
             mine = dataclasses.asdict(self.position(step))
             other = [name for name, value in dataclasses.asdict(position).items() if mine[name] != value]
             raise ValueError(
-                f"{self.shards.folder}: not the stream of the stored position ({', '.join(other)} differ); resume "
-                "with the shards, seed and global batch size of the run"
+                f"{self.corpus.name}: not the stream of the stored position ({', '.join(other)} differ); resume with "
+                "the shards, seed, mixture, window and global batch size of the run"
             )
         return step
 
     def genes(self, step: int) -> npt.NDArray[np.int64]:
         """[K] the loss genes of a step, the same on every rank."""
-        key = np.random.SeedSequence([self.order.seed, step], spawn_key=(_GENES,))
-        return loss_genes(self.spec, self.number_of_genes, np.random.Generator(np.random.Philox(key)))
+        return self.loader.genes(step)
 
     def keys(self, item: int) -> list[str]:
         """Shard keys of the groups of a micro-batch, to name them in an error."""
-        return [self.index.keys[group] for _, _, group in self._places(item)]
+        return [self.corpus.groups.key(place.group) for place in self.work(item).places]
 
-    def _places(self, item: int) -> list[tuple[int, int, int]]:
+    def work(self, item: int) -> Work:
+        """What a loader needs to make a micro-batch."""
         step, micro = divmod(item, self.accumulation)
-        return self.order.micro_batches(step, self.rank, self.world, self.micro_batch_size)[micro]
+        found = self.order.micro_batches(step, self.rank, self.world, self.config.micro_batch_size)[micro]
+        skip = self.config.on_error == "skip"
+        others = [[self.order.another(place, k + 1) for k in range(_OTHERS)] for place in found] if skip else []
+        return Work(step, found, others)
 
     def __getitem__(self, item: int) -> Batch:
-        groups, views = [], []
-        for epoch, index, at in self._places(item):
-            group = self.shards.read(self.split, self.index, at)
-            rng = view_rng(self.order.seed, epoch, index)
-            groups.append(group)
-            views.append(draw_view(group, self.mask, rng, self.spec.panel(group)))
-        return collate(groups, views, self.spec, self.genes(item // self.accumulation))
+        return self.loader.load(self.work(item))[0]
 
 
 def _quiet_worker(_: int) -> None:
@@ -171,13 +206,67 @@ def _quiet_worker(_: int) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def batches(stream: GroupStream, first_step: int, last_step: int, workers: int, pin: bool = False) -> Iterator[Batch]:
-    """The micro-batches of the steps [first_step, last_step) in their order, made in `workers` processes (0: here)."""
+class Batches(Iterator[Batch]):
+    """The micro-batches of some steps in their order. `skipped` groups so far; `load_s` of the last micro-batch, in its
+    loader process."""
+
+    def __init__(self, stream: GroupStream, items: range, workers: int, pin: bool) -> None:
+        self._stream, self._items = stream, iter(items)
+        self.skipped, self.load_s = 0, 0.0
+        # Spawned, not forked: a fork would copy signal handlers, threads and sockets of the process group.
+        spawned: dict[str, Any] = {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
+        self._found: Iterator[Loaded | Fault] = iter(DataLoader(
+            stream.loader, batch_size=None, sampler=map(stream.work, items), num_workers=workers,  # type: ignore[arg-type]
+            worker_init_fn=_quiet_worker, pin_memory=pin, timeout=stream.config.timeout_s if workers else 0,
+            generator=torch.Generator(), **spawned,  # a generator of its own: the model's draws stay what they were
+        ))  # fmt: skip
+
+    def __next__(self) -> Batch:
+        item = next(self._items)
+        if self._stream.corpus.stager:
+            self._stream.corpus.stager.follow(self._stream.order, item // self._stream.accumulation)
+        fact = ""
+        try:
+            found = next(self._found)
+        except RuntimeError as error:  # torch's word for a timeout, and for a process that died
+            fact = str(error)
+        if fact:  # out of the handler: the error would keep the processes
+            self._found = iter(())
+            raise StreamError(self._waited(item, fact))
+        if isinstance(found, Fault):
+            raise StreamError(found.text)
+        self.load_s = found.seconds
+        self._count(found.skipped)
+        return dict(found.batch)
+
+    def _waited(self, item: int, fact: str) -> str:
+        groups = [self._stream.corpus.groups.source(place.group) for place in self._stream.work(item).places]
+        named = ", ".join(groups[:_NAMED]) + (f" and {len(groups) - _NAMED} more" if len(groups) > _NAMED else "")
+        if "timed out" in fact:
+            fact = f"nothing for {self._stream.config.timeout_s:.0f} s"
+        return (
+            f"loader processes: {' '.join(fact.split())}; waited for {named}; see to the file system, memory and "
+            "/dev/shm of this node, or raise data.timeout_s"
+        )
+
+    def _count(self, faults: list[str]) -> None:
+        for fault in faults:
+            self.skipped += 1
+            print(f"skipped {self.skipped}: {fault}", file=sys.stderr, flush=True)
+        if self.skipped > self._stream.config.skip_most:
+            raise StreamError(
+                f"{self.skipped} groups are damaged, data.skip_most={self._stream.config.skip_most}; the last: "
+                f"{faults[-1]}"
+            )
+
+
+def batches(
+    stream: GroupStream, first_step: int, last_step: int, workers: int | str, pin: bool = False
+) -> Batches:  # fmt: skip
+    """The micro-batches of the steps [first_step, last_step), made in `workers` processes (0: here; auto: by cores).
+
+    Raises (on the way):
+        StreamError: a group is damaged and not skipped, too many were skipped, a loader process died or stalled.
+    """
     items = range(first_step * stream.accumulation, last_step * stream.accumulation)
-    # Spawned, not forked: a fork would copy signal handlers, threads and sockets of the process group.
-    spawned: dict[str, Any] = {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
-    loader = DataLoader(
-        stream, batch_size=None, sampler=items, num_workers=workers, worker_init_fn=_quiet_worker, pin_memory=pin,
-        generator=torch.Generator(), **spawned,  # a generator of its own: the model's draws stay what they were
-    )  # fmt: skip
-    return iter(loader)
+    return Batches(stream, items, places.loader_processes(workers), pin)

@@ -4,12 +4,19 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from storm.schema import Group
 
-def decode_tile(jpeg: bytes, tile_px: int, source: str, least_px: tuple[int, int] = (0, 0)) -> npt.NDArray[np.uint8]:
+Pixels = npt.NDArray[np.uint8]
+
+
+def decode_tile(
+    jpeg: bytes, tile_px: int, source: str, least_px: tuple[int, int] = (0, 0), out: Pixels | None = None
+) -> Pixels:
     """Pixels uint8 [tile_px, tile_px, 3]; the size in the header is compared before anything is allocated for it.
 
     Args:
         source: names the tile in errors.
+        out: [tile_px, tile_px, 3], contiguous, that the pixels are decoded into.
         least_px: (width, height) that is enough: the tile may come back reduced, by the powers of two of the format.
 
     Raises:
@@ -18,10 +25,18 @@ def decode_tile(jpeg: bytes, tile_px: int, source: str, least_px: tuple[int, int
     try:
         height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]
         if (height, width) == (tile_px, tile_px):
-            pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
-                jpeg, "RGB", min_width=least_px[0], min_height=least_px[1], min_factor=1
+            pixels: Pixels = simplejpeg.decode_jpeg(
+                jpeg, "RGB", min_width=least_px[0], min_height=least_px[1], min_factor=1, buffer=out
             )
             return pixels
     except ValueError as error:
         raise ValueError(f"{source} is damaged ({error}); build and pack its slide again") from error
     raise ValueError(f"{source} is {width} x {height} px, not {tile_px}; build and pack its slide again")
+
+
+def decode_tiles(group: Group, tile_px: int) -> Pixels:
+    """[t, tile_px, tile_px, 3] a group's tiles in the order of their places. Raises ValueError as `decode_tile`."""
+    pixels = np.empty((len(group.tiles), tile_px, tile_px, 3), np.uint8)
+    for place, out in zip(sorted(group.tiles), pixels, strict=True):
+        decode_tile(group.tiles[place], tile_px, f"slide {group.meta.slide}: tile {place}", out=out)
+    return pixels

@@ -16,15 +16,19 @@ from safetensors.torch import save_file
 
 import storm
 from storm import checkpoints, files
-from storm.data.stream import Position
+from storm.data.order import Position
 from storm.genes import GeneTable
 from storm.presets import ModelConfig
 from storm.train import engine
 from storm.train.engine import Engine, World
 
 # What may differ between a run and its continuation: it changes neither losses nor weights.
-_FREE = {"run_dir", "log_every", "data.shards", "data.workers", "checkpoint.every_steps", "checkpoint.keep_last"}
-_FREE |= {"validation.every_steps", "validation.groups"}
+_FREE = {
+    "run_dir", "log_every", "data.shards", "data.workers", "data.verify", "data.on_error", "data.skip_most",
+    "data.timeout_s", "data.stage_dir", "data.stage_gb", "data.cache_dir", "data.cache_gb", "data.remote_timeout_s",
+    "data.remote_retries", "checkpoint.every_steps", "checkpoint.keep_last", "validation.every_steps",
+    "validation.groups",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

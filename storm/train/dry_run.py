@@ -7,7 +7,6 @@ sizes of the largest group of the split. On a CPU it is cut, and said to be, whe
 import dataclasses
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -16,14 +15,15 @@ import torch
 from storm import losses
 from storm.config import RunConfig, dump
 from storm.data.batch import BatchSpec, collate, loss_genes
-from storm.data.stream import Batch, accumulation
+from storm.data.corpus import Corpus, open_corpus
+from storm.data.order import accumulation
+from storm.data.stream import Batch
 from storm.data.view import draw_view, view_rng
 from storm.model import flops
 from storm.model.flops import Sizes
 from storm.model.storm import Storm
 from storm.presets import ModelConfig
 from storm.schema import DISC, Group, GroupMeta, Profiles, RegionMeta
-from storm.shards import Index, ShardSet
 from storm.train import capacity
 from storm.train.trainer import NotFiniteError, fit_model
 
@@ -39,39 +39,39 @@ def dry_run(config: RunConfig, ranks: int) -> str:
         ValueError: of config or shards; it names the file, the fact and the cure.
         NotFiniteError: the synthetic batch gave no finite loss or gradient.
     """
-    shards = ShardSet(Path(config.data.shards))
+    shards = open_corpus(config.data)
     config = config.model_copy(update={"model": fit_model(config.model, shards)})
-    index = shards.index(config.data.split)
-    if not len(index):
-        raise ValueError(f"{shards.folder}: split {config.data.split!r} holds no group; pack with slides in that split")
+    tiles, profiles = (np.concatenate([getattr(part.index, name) for part in shards.groups.parts])
+                       for name in ("tiles", "profiles"))  # fmt: skip
     micro = config.data.micro_batch_size
     rounds = accumulation(config.data.global_batch_size, micro, ranks)
     genes = len(shards.genes)
     asked = min(config.mask.loss_genes, genes)
-    biggest = times(sizes_of(config.model, int(index.tiles.max()), int(index.profiles.max()), asked), micro)
-    mean = sizes_of(config.model, float(index.tiles.mean()), float(index.profiles.mean()), asked)
+    biggest = times(sizes_of(config.model, int(tiles.max()), int(profiles.max()), asked), micro)
+    mean = sizes_of(config.model, float(tiles.mean()), float(profiles.mean()), asked)
     parts = [
         "# config\n" + dump(config).rstrip(),
-        "# layout\n" + layout(config, index, ranks, rounds),
+        "# layout\n" + layout(config, shards, ranks, rounds),
         "# model\n" + model_table(config.model, genes),
         "# one step\n" + step_table(config.model, times(mean, config.data.global_batch_size)),
         "# memory per GPU\n" + memory_table(config, genes, biggest, ranks),
         "# one synthetic batch\n",
     ]
-    made = synthetic(config, shards, int(index.tiles.max()), int(index.profiles.max()), biggest)
+    made = synthetic(config, shards, int(tiles.max()), int(profiles.max()), biggest)
     return "\n\n".join(parts) + made
 
 
-def layout(config: RunConfig, index: Index, ranks: int, rounds: int) -> str:
+def layout(config: RunConfig, shards: Corpus, ranks: int, rounds: int) -> str:
     """Ranks, accumulation and micro-batches; what is streamed; how long the schedule is."""
     data = config.data
-    epoch = len(index) / data.global_batch_size
-    shards = int(index.shard.max()) + 1
+    groups, indices = len(shards.groups), [part.index for part in shards.groups.parts]
+    epoch = groups / data.global_batch_size
     return (
         f"{data.global_batch_size} groups per step = {ranks} ranks x {rounds} micro-batches x {data.micro_batch_size} "
         f"groups; ZeRO stage {config.engine.zero_stage}, {config.engine.precision}\n"
-        f"split {data.split}: {shards} shards, {len(index)} groups, {int(index.profiles.sum())} profiles, "
-        f"{int(index.tiles.sum())} tiles\n"
+        f"split {data.split}: {len(shards.shard_groups)} shards, {groups} groups, "
+        f"{sum(int(index.profiles.sum()) for index in indices)} profiles, "
+        f"{sum(int(index.tiles.sum()) for index in indices)} tiles\n"
         f"an epoch is {epoch:.1f} steps, the schedule of {config.optim.steps} steps "
         f"{config.optim.steps / epoch:.1f} epochs"
     )
@@ -125,7 +125,7 @@ def memory_table(config: RunConfig, genes: int, micro: Sizes, ranks: int) -> str
     return "\n".join([*lines, "activations are an estimate, for a micro-batch of the largest groups of the split"])
 
 
-def synthetic(config: RunConfig, shards: ShardSet, tiles: int, profiles: int, whole: Sizes) -> str:
+def synthetic(config: RunConfig, shards: Corpus, tiles: int, profiles: int, whole: Sizes) -> str:
     """Run one forward and one backward pass on made-up groups, on the device that this process would train on.
 
     Raises:
@@ -159,11 +159,11 @@ def synthetic(config: RunConfig, shards: ShardSet, tiles: int, profiles: int, wh
     )
 
 
-def make_batch(config: RunConfig, shards: ShardSet, tiles: int, profiles: int, groups: int) -> Batch:
+def make_batch(config: RunConfig, shards: Corpus, tiles: int, profiles: int, groups: int) -> Batch:
     """A micro-batch of made-up groups, shown as in training."""
     share = shards.genes.share
     if share is None:
-        raise ValueError(f"{shards.folder}: the gene table has no column `share`; pack again")
+        raise ValueError(f"{shards.name}: the gene table has no column `share`; pack again")
     spec = BatchSpec(config.model.tile_px, len(shards.genes), shards.panels, config.model.organs, share)
     made = [make_group(config.model, spec, tiles, profiles, view_rng(config.seed, 0, i)) for i in range(groups)]
     views = [draw_view(g, config.mask, view_rng(config.seed, 1, i), spec.panel(g)) for i, g in enumerate(made)]

@@ -25,6 +25,7 @@ from torch import Tensor
 from storm import checkpoints, files, losses
 from storm.config import RunConfig, dump
 from storm.data.batch import BatchSpec
+from storm.data.corpus import Corpus, open_corpus
 from storm.data.stream import Batch, GroupStream, batches
 from storm.losses import TERMS
 from storm.model.storm import Storm
@@ -73,7 +74,7 @@ def pretrain(config: RunConfig, resume: str = "auto", stop_after_step: int | Non
         engine.disconnect()
 
 
-def fit_model(model: ModelConfig, shards: ShardSet) -> ModelConfig:
+def fit_model(model: ModelConfig, shards: Corpus | ShardSet) -> ModelConfig:
     """The model's config with the shards' geometry and organs.
 
     Raises:
@@ -91,23 +92,18 @@ def fit_model(model: ModelConfig, shards: ShardSet) -> ModelConfig:
     return dataclasses.replace(model, **found)
 
 
-def reference(shards: ShardSet, split: str, seed: int) -> dict[str, Any]:
+def reference(corpus: Corpus, seed: int) -> dict[str, Any]:
     """What inference and the model card need of the data: no slide or donor is named."""
-    manifest = shards.manifest
-    index = shards.index(split)
-    of_slide: dict[str, int] = {}
-    for key, profiles in zip(index.keys, index.profiles.tolist(), strict=True):
-        slide = key.rpartition("_")[0]
-        of_slide[slide] = of_slide.get(slide, 0) + profiles
+    manifest = corpus.manifest
     counted: dict[str, dict[str, dict[str, int]]] = {"study": {}, "organ": {}, "platform": {}}
-    for slide, profiles in sorted(of_slide.items()):
+    for slide, profiles in corpus.profiles_of_slides().items():
         for what, table in counted.items():
             row = table.setdefault(manifest["slides"][slide][what], {"slides": 0, "profiles": 0})
             row["slides"] += 1
             row["profiles"] += profiles
     return manifest["reference"] | {
-        "gene_hash": shards.genes.hash, "split_by": manifest["split_by"], "seed": seed,
-        "shards_hash": files.sha256_file(shards.folder / MANIFEST), "spots_side": manifest["prep"]["spots_side"],
+        "gene_hash": corpus.genes.hash, "split_by": manifest["split_by"], "seed": seed,
+        "shards_hash": corpus.hash, "spots_side": manifest["prep"]["spots_side"],
         "licenses": {study: manifest["licenses"][study] for study in counted["study"]},
         "studies": counted["study"], "organs": counted["organ"], "platforms": counted["platform"],
     }  # fmt: skip
@@ -117,17 +113,16 @@ class Trainer:
     """One run on one rank."""
 
     def __init__(self, config: RunConfig, world: engine.World) -> None:
-        shards = ShardSet(Path(config.data.shards))
+        shards = open_corpus(config.data)
         share = shards.genes.share
         if share is None:
-            raise ValueError(f"{shards.folder}: the gene table has no column `share`; pack again")
+            raise ValueError(f"{shards.name}: the gene table has no column `share`; pack again")
         self.config = config.model_copy(update={"model": fit_model(config.model, shards)})
         self.world, self.run_dir, self.step = world, Path(config.run_dir), 0
         data, model = self.config.data, self.config.model
         spec = BatchSpec(model.tile_px, len(shards.genes), shards.panels, model.organs, share)
         self.stream = GroupStream(
-            shards, data.split, spec, config.mask, config.mask.loss_genes, config.seed,
-            data.global_batch_size, data.micro_batch_size, world.rank, world.size,
+            shards, spec, config.mask, data, config.seed, world.rank, world.size,
         )  # fmt: skip
         torch.manual_seed(config.seed * 1_000_003 + world.rank)
         network = Storm(model, len(shards.genes), config.seed, config.engine.activation_checkpointing)
@@ -136,9 +131,7 @@ class Trainer:
         platforms = {slide: str(entry["platform"]) for slide, entry in shards.manifest["slides"].items()}
         self.meter = Meter(model, platforms, world)
         self.validation = Validation(shards, spec, self.config, world) if self.config.validation.every_steps else None
-        self.contents = checkpoint.Contents(
-            dump(self.config), model, shards.genes, reference(shards, data.split, config.seed)
-        )
+        self.contents = checkpoint.Contents(dump(self.config), model, shards.genes, reference(shards, config.seed))
 
     def start(self, resume: str) -> None:
         """Continue from a checkpoint, or begin, and write the resolved configs."""
@@ -147,6 +140,9 @@ class Trainer:
             checkpoint.check(found, self.contents, self.world)
             self.step = self.stream.step_at(checkpoint.load(found, self.engine, self.world))
             engine.barrier()  # nothing is removed before every rank has loaded
+        if len(set(engine.gather(self.stream.order_hash))) > 1:
+            raise ValueError(f"{self.config.data.shards}: the nodes see it on different file systems, and would take "
+                             "its groups in different orders; set data.window_shards=0 or 32")  # fmt: skip
         if self.world.rank == 0:
             print(f"{self.run_dir}: {f'continues from {found.name}' if found else 'begins'}", flush=True)
             checkpoint.sweep(self.run_dir)

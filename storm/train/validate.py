@@ -18,8 +18,8 @@ from torch import Tensor
 from storm import losses
 from storm.config import RunConfig
 from storm.data.batch import BatchSpec, collate, loss_genes, top_genes
+from storm.data.corpus import Corpus, open_corpus
 from storm.data.view import draw_view, plain_view
-from storm.shards import ShardSet
 from storm.train import engine
 from storm.train.engine import Engine, World
 from storm.train.metrics import PARTS, means, tagged
@@ -39,25 +39,26 @@ class Validation:
     """The groups that are looked at, and this rank's share of them.
 
     Raises:
-        ValueError: the shards have no split val, or it is empty.
+        ValueError: a shard set has no split val, or it is empty.
     """
 
-    def __init__(self, shards: ShardSet, spec: BatchSpec, config: RunConfig, world: World) -> None:
-        if not shards.manifest["splits"].get(SPLIT, {}).get("groups"):
-            raise ValueError(
-                f"{shards.folder}: has no group of split {SPLIT!r} to validate on; name donors in the manifest's "
-                "column split (or give val_share) and pack again, or set validation.every_steps=0"
-            )
-        self._shards, self._spec, self._config, self._world = shards, spec, config, world
-        self._index = shards.index(SPLIT)
-        chosen = min(config.validation.groups, len(self._index))
-        self._groups = np.arange(chosen) * len(self._index) // chosen
+    def __init__(self, corpus: Corpus, spec: BatchSpec, config: RunConfig, world: World) -> None:
+        for one, name in zip(corpus.sets, corpus.name.split(", "), strict=True):
+            if not one.manifest["splits"].get(SPLIT, {}).get("groups"):
+                raise ValueError(
+                    f"{name}: has no group of split {SPLIT!r} to validate on; name donors in the manifest's column "
+                    "split (or give val_share) and pack again, or set validation.every_steps=0"
+                )
+        self._spec, self._config, self._world = spec, config, world
+        self._held_out = open_corpus(config.data, SPLIT).groups
+        chosen = min(config.validation.groups, len(self._held_out))
+        self._groups = np.arange(chosen) * len(self._held_out) // chosen
         self._slides = sorted({self._slide(int(group)) for group in self._groups})
         self._genes = loss_genes(spec, config.mask.loss_genes, _rng(config.seed, _GENES))
         self._shown = np.flatnonzero(np.isin(self._genes, top_genes(spec, 4 * GENES)))
 
     def _slide(self, group: int) -> str:
-        return self._index.keys[group].rpartition("_")[0]
+        return self._held_out.key(group).rpartition("_")[0]
 
     def run(self, training: Engine) -> dict[str, float | None]:
         """The metrics by tag, on every rank; all ranks must call it."""
@@ -78,7 +79,7 @@ class Validation:
 
     def _losses(self, training: Engine, groups: npt.NDArray[np.int64]) -> dict[str, Tensor]:
         """Sums and counts of the loss and its parts, of groups as they are shown in training."""
-        read = [self._shards.read(SPLIT, self._index, int(group)) for group in groups]
+        read = self._held_out.read(groups.tolist())
         views = [
             draw_view(group, self._config.mask, _rng(self._config.seed, _VIEW, int(i)), self._spec.panel(group))
             for i, group in zip(groups, read, strict=True)
@@ -91,7 +92,7 @@ class Validation:
 
     def _correlated(self, training: Engine, groups: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """(slide of each region [R], sums over its profiles [R, 6, K] of 1, x, y, x2, y2, xy) from H&E alone."""
-        read = [self._shards.read(SPLIT, self._index, int(group)) for group in groups]
+        read = self._held_out.read(groups.tolist())
         views = [plain_view(group, use_counts=False) for group in read]
         batch = self._moved(collate(read, views, self._spec, self._genes))
         shown = torch.from_numpy(self._shown).to(self._world.device)

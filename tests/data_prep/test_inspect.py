@@ -54,14 +54,14 @@ def test_a_set_its_shards_and_samples(tiny_shards: Path, capsys: pytest.CaptureF
     text = told(tiny_shards)
     assert f"shard set of {len(opened.manifest['slides'])} slides" in text
     index = opened.index("train")
-    assert f"  {index.keys[0]}" in text
+    assert f"  {index.key(0)}" in text
     tar = tiny_shards / "train" / "000000.tar"
     assert told(tar).startswith(f"000000.tar: shard of {len(index)} samples, ")
     for i in (0, len(index) - 1):
         group = opened.read("train", index, i)
-        sample = told(tiny_shards, index.keys[i])
-        assert sample == told(tar, index.keys[i])
-        assert f"{index.keys[i]}: sample of {len(group.meta.regions)} regions" in sample
+        sample = told(tiny_shards, index.key(i))
+        assert sample == told(tar, index.key(i))
+        assert f"{index.key(i)}: sample of {len(group.meta.regions)} regions" in sample
         assert f"profiles: {len(group.profiles)}, {len(group.profiles.gene)} counts" in sample
         best = int(np.argmax(np.bincount(group.profiles.gene, group.profiles.count)))
         assert f"most counts: {opened.genes.symbols[best]} " in sample
@@ -116,7 +116,7 @@ def test_damage_is_one_line(
     packed = Path(shutil.copytree(tiny_shards, tmp_path / "set"))
     path = {
         "store": Path(shutil.copy(store.paths(tiny_store)[0], tmp_path)), "tar": packed / "train" / "000000.tar",
-        "manifest": packed / "manifest.json", "index": packed / "train" / "index.npz",
+        "manifest": packed / "manifest.json", "index": packed / "train" / "index.npy",
     }[what]  # fmt: skip
     damage(path)
     if what == "tar" and not path.stat().st_size:

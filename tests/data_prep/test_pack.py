@@ -34,7 +34,7 @@ def groups_of(folder: Path) -> list[tuple[str, str, schema.Group]]:
     found = []
     for split in opened.manifest["splits"]:
         index = opened.index(split)
-        found += [(split, index.keys[i], opened.read(split, index, i)) for i in range(len(index))]
+        found += [(split, index.key(i), opened.read(split, index, i)) for i in range(len(index))]
     return found
 
 
@@ -152,7 +152,7 @@ def flip_bytes(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("train/index.npz", lambda p: p.write_bytes(p.read_bytes() + b"x")),
+        ("train/index.npy", lambda p: p.write_bytes(p.read_bytes() + b"x")),
         ("train/000000.tar", flip_bytes),
         ("genes.tsv", Path.unlink),
         ("manifest.json", lambda p: p.write_text("{")),

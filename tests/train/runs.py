@@ -19,7 +19,7 @@ BATCH, STEPS, STOP = 4, 4, 2
 def words(shards: Path, run_dir: Path, micro: int = 1, *more: str) -> list[str]:
     """The overrides that make a small run: no preset, no file."""
     return [
-        f"run_dir={run_dir}", f"data.shards={shards}", f"data.global_batch_size={BATCH}",
+        f"run_dir={run_dir}", f"data.shards={shards}", "data.workers=0", f"data.global_batch_size={BATCH}",
         f"data.micro_batch_size={micro}", f"optim.steps={STEPS}", "optim.lr=2e-3", "checkpoint.every_steps=100",
         "mask.loss_genes=200", *more,
     ]  # fmt: skip

@@ -71,7 +71,7 @@ def alone(run: Trainer, world: World, monkeypatch: pytest.MonkeyPatch) -> torch.
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "sum_over_ranks", keep)
-        Validation(ShardSet(Path(run.config.data.shards)), run.stream.spec, run.config, world).run(run.engine)
+        Validation(run.stream.corpus, run.stream.loader.spec, run.config, world).run(run.engine)
     return found[0]
 
 
