@@ -18,6 +18,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pretrain STORM on a shard set.")
     parser.add_argument("--config", type=Path, help="YAML of what differs from the defaults")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="resume though this key changed"
+    )
     parser.add_argument("--stop-after-step", type=int, metavar="N", help="write a checkpoint there and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -29,7 +32,8 @@ def main() -> int:
     args = arguments()
     rank = int(os.environ.get("RANK", "0"))
     try:
-        pretrain(config.load(config.RunConfig, args.config, args.overrides), args.resume, args.stop_after_step)
+        loaded = config.load(config.RunConfig, args.config, args.overrides)
+        pretrain(loaded, args.resume, args.stop_after_step, args.allow_change)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError, NotFiniteError) as error:

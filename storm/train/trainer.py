@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from storm.shards import MANIFEST, ShardSet
 from storm.train import checkpoint, engine
 from storm.train.metrics import RunLog
 from storm.train.optim import learning_rate
+from storm.train.owner import owned
 
 FINISHED = "FINISHED"
 TERMS = ("expr", "depth", "image")
@@ -46,11 +47,14 @@ class NotFiniteError(ArithmeticError):
     """A loss or a gradient is NaN or infinite; the optimizer has not moved."""
 
 
-def pretrain(config: RunConfig, resume: str = "auto", stop_after_step: int | None = None) -> None:
+def pretrain(
+    config: RunConfig, resume: str = "auto", stop_after_step: int | None = None, allow: Collection[str] = ()
+) -> None:
     """Train a run to its end, or to `stop_after_step`, which leaves a checkpoint and does not bend the schedule.
 
     Args:
         resume: `auto`, `never`, or the path of one of the run's checkpoints.
+        allow: keys of the config that may differ from those of the checkpoint.
 
     Raises:
         ValueError: of config, shards or checkpoint; it names the file, the fact and the cure.
@@ -65,9 +69,10 @@ def pretrain(config: RunConfig, resume: str = "auto", stop_after_step: int | Non
         return
     world = engine.connect()
     try:
-        trainer = Trainer(config, world)
-        trainer.start(resume)
-        trainer.train(stop_after_step)
+        with owned(run_dir, world):
+            trainer = Trainer(config, world)
+            trainer.start(resume, allow)
+            trainer.train(stop_after_step)
     finally:
         engine.disconnect()
 
@@ -132,15 +137,17 @@ class Trainer:
         network = Storm(model, len(shards.genes), config.seed, config.engine.activation_checkpointing)
         network.set_gene_bias(torch.from_numpy(np.log(share)).float())
         self.engine = engine.Engine(network, self.config, self.stream.accumulation, world)
+        self.schedule = checkpoint.Schedule(config.checkpoint, world)
+        self.checkpoint_s = 0.0  # spent on saving since the last record of the log
         self.contents = checkpoint.Contents(
             dump(self.config), model, shards.genes, reference(shards, data.split, config.seed)
         )
 
-    def start(self, resume: str) -> None:
+    def start(self, resume: str, allow: Collection[str] = ()) -> None:
         """Continue from a checkpoint, or begin, and write the resolved configs."""
-        found = checkpoint.find(self.run_dir, resume)
+        found = engine.gather(checkpoint.find(self.run_dir, resume))[0]  # ranks of other nodes may see an older folder
         if found:
-            checkpoint.check(found, self.contents, self.world)
+            checkpoint.check(found, self.contents, self.world, allow)
             self.step = self.stream.step_at(checkpoint.load(found, self.engine, self.world))
             engine.barrier()  # nothing is removed before every rank has loaded
         if self.world.rank == 0:
@@ -154,7 +161,7 @@ class Trainer:
 
     def train(self, stop_after_step: int | None = None) -> None:
         """The steps up to the end of the schedule, or to `stop_after_step`."""
-        steps, every = self.config.optim.steps, self.config.checkpoint.every_steps
+        steps = self.config.optim.steps
         last = steps if stop_after_step is None else min(steps, stop_after_step)
         log = RunLog(self.run_dir, self.step) if self.world.rank == 0 else None
         pin = self.world.device.type == "cuda"
@@ -162,8 +169,9 @@ class Trainer:
         while self.step < last:
             record = self._train_step(source)
             if log and (self.step % self.config.log_every == 0 or self.step == last):
-                log.write(record)
-            if self.step % every == 0 or self.step == last:
+                log.write(record | {"perf/checkpoint_s": self.checkpoint_s})
+                self.checkpoint_s = 0.0
+            if self.schedule.due(self.step) or self.step == last:
                 self._save()
         if log:
             log.close()
@@ -263,6 +271,8 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        position = self.stream.position(self.step)
-        keep = self.config.checkpoint.keep_last
+        began = time.perf_counter()
+        position, keep = self.stream.position(self.step), self.config.checkpoint
         checkpoint.save(self.run_dir, self.step, position, self.contents, self.engine, self.world, keep)
+        self.schedule.saved()
+        self.checkpoint_s += time.perf_counter() - began

@@ -12,7 +12,7 @@ from storm.data.stream import batches
 from storm.train import engine
 from storm.train.trainer import Trainer
 
-TIMES = {"seconds", "data_wait_s"}
+TIMES = {"seconds", "data_wait_s", "perf/checkpoint_s"}
 BATCH, STEPS, STOP = 4, 4, 2
 
 
@@ -35,9 +35,9 @@ def first_step(config: RunConfig, world: engine.World) -> dict[str, np.ndarray]:
     """Loss and gradients of the first global batch, with weights moved off the zeros that heads start from."""
     trainer = Trainer(config, world)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.engine.model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    weights = engine.gather(trainer.engine.weights())[0]
+    noise = {name: 0.02 * torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+    trainer.engine.set_weights(lambda name: weights[name] + noise[name])
     loss, parts = trainer.backward(trainer.take(batches(trainer.stream, 0, 1, workers=0)))
     found = {name: gradient.numpy() for name, gradient in trainer.engine.gradients().items()}
     norm = trainer.engine.grad_norm()
