@@ -249,9 +249,16 @@ def load(path: Path, training: Engine, world: World) -> Position:
 
 def _reader(path: Path) -> Callable[[str], Tensor]:
     """A function from the name of a tensor to the tensor, in whichever file of a checkpoint it lies."""
-    opened = [safe_open(file, "pt") for file in sorted(path.glob("*.safetensors"))]
-    held = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    return lambda name: held[name].get_tensor(name)
+    opened = {file: safe_open(file, "pt") for file in sorted(path.glob("*.safetensors"))}
+    held = {name: file for file, content in opened.items() for name in content.keys()}  # noqa: SIM118 (no mapping)
+
+    def read(name: str) -> Tensor:
+        if name not in held:
+            raise ValueError(f"{path}: holds no tensor {name}; another version of storm wrote it, resume with that one")
+        tensor: Tensor = opened[held[name]].get_tensor(name)
+        return tensor
+
+    return read
 
 
 def sweep(run_dir: Path) -> None:

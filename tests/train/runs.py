@@ -1,4 +1,7 @@
-"""Small runs for the tests; as a script, one rank of a job that trains one and writes its first gradients."""
+"""Small runs for the tests; as a script, one rank of a job that trains one and writes its first gradients.
+
+A run beside it, left by another number of ranks, is continued by the same job.
+"""
 
 import json
 import sys
@@ -13,7 +16,8 @@ from storm.train import engine
 from storm.train.trainer import Trainer
 
 TIMES = {"seconds", "data_wait_s", "perf/checkpoint_s"}
-BATCH, STEPS, STOP = 4, 4, 2
+THRESHOLD = "deepspeed.extra.zero_optimization.stage3_param_persistence_threshold"
+BATCH, STEPS, STOP = 4, 20, 10
 
 
 def words(shards: Path, run_dir: Path, micro: int = 1, *more: str) -> list[str]:
@@ -45,16 +49,16 @@ def first_step(config: RunConfig, world: engine.World) -> dict[str, np.ndarray]:
     return found | values | {"loss": np.array(loss), "norm": np.array(norm)}
 
 
-def main(overrides: list[str], out: Path) -> None:
-    """Write the first gradients, then train the run from its start to its end."""
-    config = load(RunConfig, None, overrides)
+def main(overrides: list[str], folder: Path) -> None:
+    """Write the first gradients, train `run` from its start to its end, and continue `other`."""
     world = engine.connect()
-    found = first_step(config, world)
+    found = first_step(load(RunConfig, None, [*overrides, f"run_dir={folder / 'first'}"]), world)
     if world.rank == 0:
-        np.savez(out, **found)  # type: ignore[arg-type]
-    trainer = Trainer(config, world)
-    trainer.start("never")
-    trainer.train()
+        np.savez(folder / "first.npz", **found)  # type: ignore[arg-type]
+    for name, resume in (("run", "never"), ("other", "auto")):
+        trainer = Trainer(load(RunConfig, None, [*overrides, f"run_dir={folder / name}"]), world)
+        trainer.start(resume, ["engine.zero_stage", THRESHOLD])
+        trainer.train()
     engine.disconnect()
 
 

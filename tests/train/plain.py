@@ -1,0 +1,49 @@
+"""The twin: one process, torch's AdamW, and nothing of storm.train but the schedule and the parameter groups."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storm import losses
+from storm.config import RunConfig
+from storm.data.batch import BatchSpec
+from storm.data.stream import GroupStream
+from storm.model.storm import Storm
+from storm.shards import ShardSet
+from storm.train.optim import learning_rate, parameter_groups
+from storm.train.trainer import fit_model
+
+
+def train(config: RunConfig) -> tuple[list[float], dict[str, Tensor], np.ndarray]:
+    """Each step's loss, the last weights, and which groups [step, place in the global batch] came without a tile."""
+    shards, data = ShardSet(Path(config.data.shards)), config.data
+    sizes, share = fit_model(config.model, shards), shards.genes.share
+    assert share is not None and data.micro_batch_size == 1
+    spec = BatchSpec(sizes.tile_px, len(share), shards.panels, sizes.organs, share)
+    stream = GroupStream(
+        shards, data.split, spec, config.mask, config.mask.loss_genes, config.seed, data.global_batch_size, 1
+    )
+    model = Storm(sizes, len(share), config.seed)
+    model.set_gene_bias(torch.from_numpy(np.log(share)).float())
+    betas = config.optim.betas[0], config.optim.betas[1]
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.optim.weight_decay), betas=betas)
+    curve, dark = [], []
+    for step in range(config.optim.steps):
+        batches = [stream[item] for item in range(step * data.global_batch_size, (step + 1) * data.global_batch_size)]
+        total = torch.zeros(())
+        for batch in batches:
+            found = losses.terms(model(batch), batch)
+            for term, (value, _) in found.items():
+                count = sum(float(losses.counts(other)[term]) for other in batches)
+                total = total + getattr(config.loss, term) * value / max(1.0, count)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.optim)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(float(total.detach()))
+        dark.append([not batch["tile_weight"].any() for batch in batches])
+    return curve, {name: tensor.detach() for name, tensor in model.named_parameters()}, np.array(dark)
