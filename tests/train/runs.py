@@ -4,6 +4,7 @@ A run beside it, left by another number of ranks, is continued by the same job.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,11 +14,14 @@ import torch
 from storm.config import RunConfig, load
 from storm.data.stream import batches
 from storm.train import engine
-from storm.train.trainer import Trainer
+from storm.train.trainer import FINISHED, Trainer
 
 TIMES = {"seconds", "data_wait_s", "perf/checkpoint_s"}
 THRESHOLD = "deepspeed.extra.zero_optimization.stage3_param_persistence_threshold"
 BATCH, STEPS, STOP = 4, 20, 10
+# Small tensors would stay whole on every rank in ZeRO 3; with this none does.
+DIVIDED = f"{THRESHOLD}=0"
+KEEP = ("checkpoint.every_steps=10", "checkpoint.keep_every=10")
 
 
 def words(shards: Path, run_dir: Path, micro: int = 1, *more: str) -> list[str]:
@@ -27,6 +31,17 @@ def words(shards: Path, run_dir: Path, micro: int = 1, *more: str) -> list[str]:
         f"data.micro_batch_size={micro}", f"optim.steps={STEPS}", "optim.lr=2e-3", "checkpoint.every_steps=100",
         "mask.loss_genes=200", *more,
     ]  # fmt: skip
+
+
+def kept(shards: Path, run_dir: Path, *more: str) -> RunConfig:
+    """A run in micro-batches of one group that keeps its checkpoints of the steps STOP and STEPS."""
+    return load(RunConfig, None, words(shards, run_dir, 1, *KEEP, *more))
+
+
+def carry(run: Path, to: Path) -> Path:
+    """A copy of a run as it stood at step STOP."""
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns(FINISHED, f"step_{STEPS:07d}"))
+    return to
 
 
 def log(run_dir: Path) -> list[dict]:

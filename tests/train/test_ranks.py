@@ -1,7 +1,6 @@
 """Two ranks against one plain process, in ZeRO 1 and 3; runs carried from one number of ranks and stage to another; and
 DeepSpeed's own launcher, stopped and resumed."""
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,21 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from storm import checkpoints
-from storm.config import RunConfig, load
 from storm.train import engine
 from storm.train.trainer import FINISHED, Trainer
 from tests.train import jobs, plain, runs
 from tests.train.test_trainer import agree
 
-# Small tensors would stay whole on every rank in ZeRO 3; here none does.
-DIVIDED = f"{runs.THRESHOLD}=0"
-KEEP = ("checkpoint.every_steps=10", "checkpoint.keep_every=10")
 # Sums of other orders differ in their last bits; 20 steps of AdamW carry that on. Seen: see the benchmark's table.
 LOSS, WEIGHT = 2e-5, 2e-3
-
-
-def config(shards: Path, run_dir: Path, *more: str) -> RunConfig:
-    return load(RunConfig, None, runs.words(shards, run_dir, 1, *KEEP, *more))
 
 
 def losses(run: Path) -> np.ndarray:
@@ -35,40 +26,9 @@ def losses(run: Path) -> np.ndarray:
     return np.array([line["loss"] for line in runs.log(run)])
 
 
-def carry(run: Path, to: Path) -> Path:
-    """A copy of a run as it stood at step STOP."""
-    shutil.copytree(run, to, ignore=shutil.ignore_patterns(FINISHED, f"step_{runs.STEPS:07d}"))
-    return to
-
-
 @pytest.fixture(scope="module")
 def twin(tiny_shards: Path) -> tuple[list[float], dict[str, torch.Tensor], np.ndarray]:
-    return plain.train(config(tiny_shards, Path("unused")))
-
-
-@pytest.fixture(scope="module")
-def alone(tiny_shards: Path, world: engine.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one rank from start to end."""
-    trainer = Trainer(config(tiny_shards, tmp_path_factory.mktemp("alone") / "run"), world)
-    trainer.start("never")
-    trainer.train()
-    return trainer.run_dir
-
-
-@pytest.fixture(scope="module")
-def two(alone: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """stage -> folder of `runs.main` by two ranks, where `other` began on one rank in ZeRO 1."""
-    done: dict[int, Path] = {}
-
-    def of(stage: int) -> Path:
-        if stage not in done:
-            folder = done[stage] = tmp_path_factory.mktemp(f"stage{stage}")
-            carry(alone, folder / "other")
-            words = runs.words(tiny_shards, folder, 1, *KEEP, f"engine.zero_stage={stage}", DIVIDED)
-            jobs.Ranks(["-m", "tests.train.runs", str(folder), *words], 2, folder / "out.txt").wait()
-        return done[stage]
-
-    return of
+    return plain.train(runs.kept(tiny_shards, Path("unused")))
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -89,7 +49,7 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(
 ) -> None:
     with np.load(two(stage) / "first.npz") as arrays:
         found = {name: arrays[name] for name in arrays.files}
-    agree(runs.first_step(config(tiny_shards, tmp_path), world), found)
+    agree(runs.first_step(runs.kept(tiny_shards, tmp_path), world), found)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -106,8 +66,8 @@ def test_from_one_rank_to_two(two: Callable, alone: Path, stage: int) -> None:
 def test_from_two_ranks_to_one(
     two: Callable, tiny_shards: Path, world: engine.World, tmp_path: Path, stage: int
 ) -> None:
-    run = carry(two(stage) / "run", tmp_path / "run")
-    trainer = Trainer(config(tiny_shards, run, f"engine.zero_stage={stage}", DIVIDED), world)
+    run = runs.carry(two(stage) / "run", tmp_path / "run")
+    trainer = Trainer(runs.kept(tiny_shards, run, f"engine.zero_stage={stage}", runs.DIVIDED), world)
     trainer.start("auto")
     assert trainer.step == runs.STOP
     trainer.train()
@@ -117,7 +77,7 @@ def test_from_two_ranks_to_one(
 def test_stopped_and_resumed_under_the_launcher_equals_a_run_that_went_on(
     two: Callable, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    words = runs.words(tiny_shards, tmp_path / "run", 1, "engine.zero_stage=3", DIVIDED)
+    words = runs.words(tiny_shards, tmp_path / "run", 1, "engine.zero_stage=3", runs.DIVIDED)
     done = jobs.launch([*words, "--stop-after-step", "7"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert [path.name for path in checkpoints.complete(tmp_path / "run")] == ["step_0000007"]
