@@ -202,6 +202,19 @@ class Engine:
 
         return {name: safe_get_full_grad(p).detach().clone() for name, p in self.model.named_parameters()}
 
+    def own_norm(self, batch: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """Norm of the gradient of `loss(outputs)` for a batch of this rank alone; the gradient of the step stays as it
+        is. All ranks must call it as often."""
+        if self.stage == 3:
+            over = list(self.model.parameters())
+            outputs = self._engine(batch)
+        else:  # through copies: DeepSpeed's hooks on the parameters would add the gradient to the step's
+            copies = {name: p.detach().requires_grad_() for name, p in self._engine.module.named_parameters()}
+            over = list(copies.values())
+            outputs = torch.func.functional_call(self._engine.module, copies, (batch,))
+        found = torch.autograd.grad(loss(outputs), over, allow_unused=True)
+        return torch.nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
+
     def step(self, learning_rate: float) -> None:
         """Clip and move the weights."""
         for group in self._optimizer.param_groups:

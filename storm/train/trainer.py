@@ -188,7 +188,7 @@ class Trainer:
         loss, means = self.backward(micro)
         norm = self.engine.grad_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NotFiniteError(self._explain(norm))
+            raise NotFiniteError(self._explain(norm, micro))
         rate = learning_rate(self.step, self.config.optim)
         self.engine.step(rate)
         self.step += 1
@@ -251,24 +251,40 @@ class Trainer:
         }
         return loss, {**mean, **modes}
 
-    def _explain(self, norm: float) -> str:
+    def _explain(self, norm: float, micro: list[Batch]) -> str:
         """Which ranks, terms and groups are not finite; the same text on every rank."""
-        first = self.step * self.stream.accumulation
-        own = [
-            f"rank {self.world.rank}: {name} of groups {', '.join(self.stream.keys(first + i))}"
-            for i, found in enumerate(self.partial)
-            for name, total in found.items()
-            if not math.isfinite(float(total))
-        ]
-        faults = [fault for faults in engine.gather(own) for fault in faults]
+        faults = self._named(self.partial)
         if not faults:
             wrong = [name for name, grad in self.engine.gradients().items() if not bool(grad.isfinite().all())]
-            keys = engine.gather([self.stream.keys(first + i) for i in range(self.stream.accumulation)])
-            faults = [f"gradient norm {norm}, in {', '.join(wrong[:8])}; groups {keys}"]
+            probed = self._named([self._probe(batch) for batch in micro])
+            faults = [f"gradient norm {norm}, in {', '.join(wrong[:8])}", *probed]
         return (
             f"{self.run_dir}: step {self.step + 1} is not finite ({'; '.join(faults)}); the weights have not moved: "
             "look at these groups, or start again with a lower optim.lr in another run_dir"
         )
+
+    def _named(self, values: list[dict[str, Tensor]]) -> list[str]:
+        """'rank: term of groups' of what is not finite among each micro-batch's values by term, of all ranks."""
+        first = self.step * self.stream.accumulation
+        own = [
+            f"rank {self.world.rank}: {name} of groups {', '.join(self.stream.keys(first + i))}"
+            for i, found in enumerate(values)
+            for name, value in found.items()
+            if not math.isfinite(float(value))
+        ]
+        return [fault for faults in engine.gather(own) for fault in faults]
+
+    def _probe(self, batch: Batch) -> dict[str, Tensor]:
+        """The norm of each term's own gradient for one micro-batch of this rank, computed again; all must call it."""
+        batch = {name: tensor.to(self.world.device) for name, tensor in batch.items()}
+        found = {}
+        for term in TERMS:
+
+            def total(outputs: dict[str, Tensor], term: str = term) -> Tensor:
+                return losses.terms(outputs, batch)[term][0]
+
+            found[f"gradient of {term}"] = self.engine.own_norm(batch, total)
+        return found
 
     def _save(self) -> None:
         began = time.perf_counter()

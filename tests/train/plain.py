@@ -1,5 +1,6 @@
 """The twin: one process, torch's AdamW, and nothing of storm.train but the schedule and the parameter groups."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,28 @@ from storm.train.optim import learning_rate, parameter_groups
 from storm.train.trainer import fit_model
 
 
-def train(config: RunConfig) -> tuple[list[float], dict[str, Tensor], np.ndarray]:
-    """Each step's loss, the last weights, and which groups [step, place in the global batch] came without a tile."""
+@dataclass(frozen=True)
+class Twin:
+    """What a run came to."""
+
+    losses: list[float]  # of each step
+    starts: dict[str, Tensor]  # the first weights
+    ends: dict[str, Tensor]  # the last
+    dark: np.ndarray  # [step, place in the global batch] which groups came without a tile
+
+
+def apart(weights: dict[str, Tensor], twin: Twin) -> float:
+    """Distance of weights from the twin's last ones, as a share of the way from its first to its last."""
+    assert weights.keys() == twin.ends.keys()
+    gaps, ways = (
+        sum(float((twin.ends[name] - other[name]).double().norm() ** 2) for name in twin.ends)
+        for other in (weights, twin.starts)
+    )
+    return (gaps / ways) ** 0.5
+
+
+def train(config: RunConfig) -> Twin:
+    """A run from its start to its end."""
     shards, data = ShardSet(Path(config.data.shards)), config.data
     sizes, share = fit_model(config.model, shards), shards.genes.share
     assert share is not None and data.micro_batch_size == 1
@@ -27,6 +48,7 @@ def train(config: RunConfig) -> tuple[list[float], dict[str, Tensor], np.ndarray
     )
     model = Storm(sizes, len(share), config.seed)
     model.set_gene_bias(torch.from_numpy(np.log(share)).float())
+    starts = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     betas = config.optim.betas[0], config.optim.betas[1]
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optim.weight_decay), betas=betas)
     curve, dark = [], []
@@ -46,4 +68,4 @@ def train(config: RunConfig) -> tuple[list[float], dict[str, Tensor], np.ndarray
         optimizer.zero_grad()
         curve.append(float(total.detach()))
         dark.append([not batch["tile_weight"].any() for batch in batches])
-    return curve, {name: tensor.detach() for name, tensor in model.named_parameters()}, np.array(dark)
+    return Twin(curve, starts, {name: tensor.detach() for name, tensor in model.named_parameters()}, np.array(dark))

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from storm import losses
 from storm.config import RunConfig, load
 from storm.data.stream import batches
 from storm.train import engine
-from storm.train.trainer import FINISHED, Trainer
+from storm.train.trainer import FINISHED, NotFiniteError, Trainer
 
 TIMES = {"seconds", "data_wait_s", "perf/checkpoint_s"}
 THRESHOLD = "deepspeed.extra.zero_optimization.stage3_param_persistence_threshold"
@@ -64,8 +65,33 @@ def first_step(config: RunConfig, world: engine.World) -> dict[str, np.ndarray]:
     return found | values | {"loss": np.array(loss), "norm": np.array(norm)}
 
 
+def steep(found: dict[str, losses.Term]) -> dict[str, losses.Term]:
+    """Losses of which depth has the same value and an infinite gradient."""
+    total, count = found["depth"]
+    return found | {"depth": (total + (total - total.detach()).sqrt(), count)}
+
+
+def broken(config: RunConfig, world: engine.World, groups: Path) -> str:
+    """What a run says whose rank 1 alone has a gradient that is not finite; its groups are written to a file."""
+    trainer, honest = Trainer(config, world), losses.terms
+    trainer.start("never")
+    before = trainer.engine.weights()
+    if world.rank == 1:
+        losses.terms = lambda outputs, batch: steep(honest(outputs, batch))
+        groups.write_text(", ".join(trainer.stream.keys(0)))
+    try:
+        trainer.train()
+    except NotFiniteError as error:
+        after = trainer.engine.weights()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        return str(error)
+    finally:
+        losses.terms = honest
+    raise AssertionError("it trained on")
+
+
 def main(overrides: list[str], folder: Path) -> None:
-    """Write the first gradients, train `run` from its start to its end, and continue `other`."""
+    """Write the first gradients, train `run` from its start to its end, continue `other`, and break one."""
     world = engine.connect()
     found = first_step(load(RunConfig, None, [*overrides, f"run_dir={folder / 'first'}"]), world)
     if world.rank == 0:
@@ -74,6 +100,9 @@ def main(overrides: list[str], folder: Path) -> None:
         trainer = Trainer(load(RunConfig, None, [*overrides, f"run_dir={folder / name}"]), world)
         trainer.start(resume, ["engine.zero_stage", THRESHOLD])
         trainer.train()
+    said = broken(load(RunConfig, None, [*overrides, f"run_dir={folder / 'broken'}"]), world, folder / "groups.txt")
+    (folder / f"said{world.rank}.txt").write_text(said)
+    engine.barrier()
     engine.disconnect()
 
 

@@ -17,8 +17,8 @@ from storm.train.trainer import FINISHED, Trainer
 from tests.train import jobs, plain, runs
 from tests.train.test_trainer import agree
 
-# Sums of other orders differ in their last bits; 20 steps of AdamW carry that on. Seen: see the benchmark's table.
-LOSS, WEIGHT = 2e-5, 2e-3
+# Sums of other orders differ in their last bits, and 20 steps of AdamW carry that on: seen 2e-7 of a loss.
+LOSS, WEIGHT = 2e-6, 1e-3
 
 
 def losses(run: Path) -> np.ndarray:
@@ -27,19 +27,15 @@ def losses(run: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def twin(tiny_shards: Path) -> tuple[list[float], dict[str, torch.Tensor], np.ndarray]:
+def twin(tiny_shards: Path) -> plain.Twin:
     return plain.train(runs.kept(tiny_shards, Path("unused")))
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_train_as_one_plain_process(two: Callable, twin: tuple, stage: int) -> None:
-    curve, weights, dark = twin
-    np.testing.assert_allclose(losses(two(stage) / "run"), curve, rtol=LOSS)
-    ends = load_file(checkpoints.latest(two(stage) / "run") / "model.safetensors")
-    assert ends.keys() == weights.keys()
-    moved = sum(float((ends[name] - weights[name]).norm() ** 2) for name in ends) ** 0.5
-    assert moved < WEIGHT * sum(float(tensor.norm() ** 2) for tensor in weights.values()) ** 0.5
-    pairs = dark.reshape(-1, 2)  # rank 0's and rank 1's group of each micro-batch
+def test_two_ranks_train_as_one_plain_process(two: Callable, twin: plain.Twin, stage: int) -> None:
+    np.testing.assert_allclose(losses(two(stage) / "run"), twin.losses, rtol=LOSS)
+    assert plain.apart(load_file(checkpoints.latest(two(stage) / "run") / "model.safetensors"), twin) < WEIGHT
+    pairs = twin.dark.reshape(-1, 2)  # rank 0's and rank 1's group of each micro-batch
     assert (pairs[:, 0] != pairs[:, 1]).any(), "one of two ranks without a tile"
 
 
@@ -72,6 +68,13 @@ def test_from_two_ranks_to_one(
     assert trainer.step == runs.STOP
     trainer.train()
     np.testing.assert_allclose(losses(run), losses(two(stage) / "run"), rtol=LOSS)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_gradient_of_one_rank_that_is_not_finite_is_named_by_all(two: Callable, stage: int) -> None:
+    first, second = ((two(stage) / f"said{rank}.txt").read_text() for rank in range(2))
+    keys = (two(stage) / "groups.txt").read_text()
+    assert first == second and f"rank 1: gradient of depth of groups {keys}" in first and "rank 0" not in first
 
 
 def test_stopped_and_resumed_under_the_launcher_equals_a_run_that_went_on(

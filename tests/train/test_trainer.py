@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_a_checkpoint_by_the_clock(
     schedule = checkpoint.Schedule(CheckpointConfig(every_minutes=2.0), world)
     began = schedule._since
     for minutes, due in ((0, False), (1.9, False), (2.1, True)):
-        monkeypatch.setattr(checkpoint.time, "monotonic", lambda minutes=minutes: began + 60 * minutes)
+        monkeypatch.setattr(time, "monotonic", lambda minutes=minutes: began + 60 * minutes)
         assert schedule.due(1) == due
     schedule.saved()
     assert not schedule.due(1) and schedule.due(500)
@@ -310,17 +311,26 @@ def test_a_damaged_shard_stops_the_run_and_is_named(
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_stops_too(
-    tiny_shards: Path, world: engine.World, tmp_path: Path, stage: int
+    tiny_shards: Path, world: engine.World, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = runs.words(tiny_shards, tmp_path, 4, f"engine.zero_stage={stage}")
-    trainer = Trainer(load(RunConfig, None, words), world)
+    """Of one term in the second micro-batch, whose loss is finite."""
+    trainer = Trainer(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 2, f"engine.zero_stage={stage}")), world)
     trainer.start("never")
-    name, parameter = next(iter(trainer.engine.model.named_parameters()))
-    parameter.register_hook(lambda gradient: gradient * torch.inf)
-    before = trainer.engine.weights()
-    with pytest.raises(NotFiniteError, match=rf"gradient norm nan, in {name}"):
+    wrong, honest = trainer.stream[1]["target_log_depth"], losses.terms
+
+    def broken(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, losses.Term]:
+        found = honest(outputs, batch)
+        return runs.steep(found) if torch.equal(batch["target_log_depth"], wrong) else found
+
+    monkeypatch.setattr(losses, "terms", broken)
+    before, keys = trainer.engine.weights(), trainer.stream.keys(1)
+    with pytest.raises(NotFiniteError) as caught:
         trainer.train()
-    assert all(torch.equal(before[n], tensor) for n, tensor in trainer.engine.weights().items())
+    assert "gradient norm nan, in morphology.embed.weight, " in str(caught.value)
+    assert str(caught.value).count("rank") == 1 and f"rank 0: gradient of depth of groups {', '.join(keys)})" in str(
+        caught.value
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.engine.weights().items())
 
 
 def test_bf16_and_stage_0_train(tiny_shards: Path, world: engine.World, tmp_path: Path) -> None:
