@@ -20,6 +20,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pretrain STORM on a shard set.")
     parser.add_argument("--config", type=Path, help="YAML of what differs from the defaults")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="resume though this key changed"
+    )
     parser.add_argument("--stop-after-step", type=int, metavar="N", help="write a checkpoint there and stop")
     parser.add_argument("--dry-run", action="store_true", help="print layout, sizes and memory, run one made-up batch")
     parser.add_argument("--preflight", action="store_true", help="look at every node and link of the job, and stop")
@@ -41,7 +44,7 @@ def main() -> int:
         elif args.preflight:
             return preflight(loaded)
         else:
-            pretrain(loaded, args.resume, args.stop_after_step)
+            pretrain(loaded, args.resume, args.stop_after_step, args.allow_change)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError, NotFiniteError) as error:

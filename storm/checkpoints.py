@@ -3,8 +3,8 @@
 In: a run folder. Out: its complete checkpoints, verified against their markers.
 
     <run_dir>/checkpoints/step_0001000/
-        deepspeed/            the engine's own files: trusted input, read by the run that wrote them and nobody else
         model.safetensors     consolidated fp32 weights
+        optimizer_rank<r>.safetensors   AdamW's moments of the parameters that rank r wrote, whole and in fp32
         model.json            {"model": ModelConfig, "n_genes": G}
         genes.tsv             the vocabulary with its shares
         reference.json        what inference needs of the shard manifest, and the counts of the training data
@@ -31,6 +31,11 @@ def complete(run_dir: Path) -> list[Path]:
         (int(match[1]), path) for path in (run_dir / FOLDER).glob("step_*") if (match := _NAME.fullmatch(path.name))
     ]
     return [path for _, path in sorted(found) if (path / MARKER).is_file()]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that led to a checkpoint, by its name."""
+    return int(checkpoint.name.rpartition("_")[2])
 
 
 def latest(run_dir: Path) -> Path:

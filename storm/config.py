@@ -184,9 +184,16 @@ class LossConfig(Section):
 class EngineConfig(Section):
     """How the step is executed."""
 
-    zero_stage: int = Field(default=1, ge=0, le=1)
+    zero_stage: int = Field(default=1, ge=0, le=3, description="what DeepSpeed divides among the ranks")
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
+    compile: bool = Field(default=False, description="torch.compile")
+
+
+class DeepSpeedConfig(Section):
+    """What goes to DeepSpeed unread."""
+
+    extra: dict[str, Any] = Field(default={}, description="its own keys, as nested as there; none that STORM derives")
 
 
 class ValidationConfig(Section):
@@ -197,10 +204,12 @@ class ValidationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When a checkpoint is written and how many are kept."""
+    """When a checkpoint is written and which are kept."""
 
     every_steps: int = Field(default=500, ge=1)
+    every_minutes: float = Field(default=0.0, ge=0, description="also after so long without one; 0: by steps alone")
     keep_last: int = Field(default=2, ge=1)
+    keep_every: int = Field(default=0, ge=0, description="also keep those at multiples of so many steps; 0: none")
 
 
 class RunConfig(Section):
@@ -215,6 +224,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
     engine: EngineConfig = EngineConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
 

@@ -9,9 +9,9 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from storm.config import RunConfig
 from storm.train.optim import parameter_groups
 
-_TAG = "state"  # name of the one folder inside a checkpoint's deepspeed/
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside the number of its steps
 _BUCKET = 50_000_000  # elements; the default of 5e8 takes gigabytes for nothing at these model sizes
 
 
@@ -38,6 +38,9 @@ def _deepspeed() -> Any:
     """The library, quiet, and on the CPU where there is no GPU (it would guess, and say so)."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed's calls of two functions that torch renames; one line each time would bury what a run has to say.
+    renamed = r".torch\.distributed\.(all_gather_into|reduce_scatter)_tensor. is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     import deepspeed
     from deepspeed.utils.logging import set_log_level_from_string
 
@@ -104,8 +107,12 @@ def gather(value: Any) -> list[Any]:
 
 
 def settings(config: RunConfig, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's own config, derived from a run's."""
-    return {
+    """DeepSpeed's own config, derived from a run's, with `deepspeed.extra` merged into it.
+
+    Raises:
+        ValueError: `deepspeed.extra` sets a key that is derived.
+    """
+    derived = {
         "train_batch_size": config.data.global_batch_size,
         "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -117,10 +124,30 @@ def settings(config: RunConfig, accumulation: int) -> dict[str, Any]:
             "contiguous_gradients": True,
         },
         "zero_allow_untested_optimizer": True,
-        "checkpoint": {"tag_validation": "Fail"},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
+    _merge(derived, config.deepspeed.extra)
+    return derived
+
+
+# What DeepSpeed would take from its own config and STORM decides elsewhere.
+_ELSEWHERE = {"optimizer": "optim", "scheduler": "optim", "bf16": "engine.precision", "fp16": "engine.precision",
+              "torch_autocast": "engine.precision", "activation_checkpointing": "engine.activation_checkpointing",
+              "compile": "engine.compile"}  # fmt: skip
+
+
+def _merge(derived: dict[str, Any], extra: dict[str, Any], place: str = "") -> None:
+    """Add the keys of `extra`; one that is there already, or decided by another key of ours, is refused."""
+    for name, value in extra.items():
+        key = f"{place}{name}"
+        if isinstance(derived.get(name), dict) and isinstance(value, dict):
+            _merge(derived[name], value, f"{key}.")
+        elif name in derived or key in _ELSEWHERE:
+            cure = f"set {_ELSEWHERE[key]} instead" if key in _ELSEWHERE else "leave it out"
+            raise ValueError(f"deepspeed.extra.{key}: STORM derives this key of DeepSpeed's from its own; {cure}")
+        else:
+            derived[name] = value
 
 
 class _Autocast(nn.Module):
@@ -148,10 +175,15 @@ class Engine:
             parameter_groups(module, config.optim.weight_decay), lr=config.optim.lr, betas=betas,
             fused=world.device.type == "cuda",
         )  # fmt: skip
-        self._engine, *_ = _deepspeed().initialize(
+        self._deepspeed = _deepspeed()
+        self.stage = config.engine.zero_stage
+        self._engine, *_ = self._deepspeed.initialize(
             model=module, optimizer=self._optimizer, config=settings(config, accumulation), dist_init_required=False
         )
         self._engine.train()
+        self._make_moments()
+        if config.engine.compile:
+            self._engine.compile()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's outputs for a batch on this rank's device."""
@@ -179,11 +211,14 @@ class Engine:
 
     def grad_norm(self) -> float:
         """Norm of the global gradient, after the last backward and before `step`; NaN where it is not finite."""
-        if self._engine.zero_optimization():
-            norm = float(self._engine.optimizer.scaled_global_norm())  # -1 stands for NaN and infinity
+        if self.stage == 0:
+            norms = [torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])]
+        elif self.stage == 3:
+            norms = self._engine.optimizer._get_norm_groups()
         else:
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
-        return norm if math.isfinite(norm) and norm >= 0 else math.nan
+            norms = [self._engine.optimizer.scaled_global_norm()]
+        found = torch.stack([torch.as_tensor(norm, dtype=torch.float64, device="cpu") for norm in norms])
+        return float(found.norm()) if bool((found.isfinite() & (found >= 0)).all()) else math.nan  # -1: NaN or infinity
 
     def gradients(self) -> dict[str, Tensor]:
         """Name -> global gradient, after the last backward and before `step`; all ranks must call it."""
@@ -191,22 +226,106 @@ class Engine:
 
         return {name: safe_get_full_grad(p).detach().clone() for name, p in self.model.named_parameters()}
 
+    def own_norm(self, batch: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """Norm of the gradient of `loss(outputs)` for a batch of this rank alone; the gradient of the step stays as it
+        is. All ranks must call it as often."""
+        if self.stage == 3:
+            over = list(self.model.parameters())
+            outputs = self._engine(batch)
+        else:  # through copies: DeepSpeed's hooks on the parameters would add the gradient to the step's
+            copies = {name: p.detach().requires_grad_() for name, p in self._engine.module.named_parameters()}
+            over = list(copies.values())
+            outputs = torch.func.functional_call(self._engine.module, copies, (batch,))
+        found = torch.autograd.grad(loss(outputs), over, allow_unused=True)
+        return torch.nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
+
     def step(self, learning_rate: float) -> None:
         """Clip and move the weights."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
 
-    def save(self, folder: Path) -> None:
-        """Write the engine's own files; all ranks must call it."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, with as many ranks. The files are pickles: verify their hashes first."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
-        if path is None:
-            raise ValueError(f"{folder}: DeepSpeed found no checkpoint there; resume from an older one")
-
     def weights(self) -> dict[str, Tensor]:
-        """The model's state in fp32 on the CPU (ZeRO 0 and 1 keep all of it on every rank)."""
-        return {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        """The model's state in fp32 on the CPU, on rank 0; empty elsewhere. All ranks must call it."""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            with self._whole(parameter):
+                if self.world.rank == 0:
+                    found[name] = parameter.detach().float().cpu().clone()
+        return found
+
+    def moments(self) -> dict[str, Tensor]:
+        """This rank's share of AdamW's moments, whole tensors in fp32 on the CPU: 'exp_avg/<parameter>' -> tensor.
+
+        Each parameter is with one rank, so that all ranks write at once. All ranks must call it.
+        """
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        found = {}
+        for i, (name, parameter) in enumerate(self.model.named_parameters()):
+            for moment in MOMENTS:
+                if self.stage:
+                    whole = safe_get_full_optimizer_state(parameter, moment)
+                else:
+                    whole = self._optimizer.state[parameter][moment]
+                if i % self.world.size == self.world.rank:
+                    found[f"{moment}/{name}"] = whole.detach().cpu().clone()
+        return found
+
+    def _whole(self, parameter: nn.Parameter) -> Any:
+        """A context in which a parameter is whole on every rank, and takes what rank 0 wrote into it."""
+        if self.stage == 3:
+            return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+        return torch.no_grad()
+
+    @torch.no_grad()
+    def set_weights(self, read: Callable[[str], Tensor]) -> None:
+        """Take each parameter from `read(name)`; all ranks must call it."""
+        for name, parameter in self.model.named_parameters():
+            with self._whole(parameter):
+                if self.stage < 3 or self.world.rank == 0:
+                    parameter.copy_(read(name))
+        if self.stage:
+            self._engine.optimizer.refresh_fp32_params()
+
+    @torch.no_grad()
+    def load(self, step: int, read: Callable[[str], Tensor]) -> None:
+        """Stand where an engine stood after `step` steps, whatever its stage and world.
+
+        Args:
+            read: the tensor of a name, '<parameter>', 'exp_avg/<parameter>' or 'exp_avg_sq/<parameter>'.
+        """
+        self.set_weights(read)
+        for state in self._optimizer.state.values():
+            state["step"].fill_(step)
+        for name, parameter in self.model.named_parameters():
+            for moment in MOMENTS:
+                self._set_moment(parameter, moment, read(f"{moment}/{name}").to(self.world.device))
+
+    def _set_moment(self, parameter: nn.Parameter, moment: str, whole: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage == 0:
+            self._optimizer.state[parameter][moment].copy_(whole)
+        elif self.stage < 3:
+            safe_set_full_optimizer_state(parameter, whole, moment)
+        else:  # its own division of a whole tensor fails where the ranks do not divide the tensor's size
+            size = -(-whole.numel() // self.world.size)
+            padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.world.size - whole.numel()))
+            safe_set_local_optimizer_state(parameter, padded[size * self.world.rank :][:size], moment)
+
+    def _make_moments(self) -> None:
+        """AdamW's state, which it would make at its first step, for the tensors that it moves: the parameters, or the
+        flat partitions into which DeepSpeed has put them. Left to itself DeepSpeed links parameters with the state of
+        the first parameter group alone, because the others have not stepped yet when it does."""
+        zero = self._engine.optimizer
+        if self.stage == 0:
+            moved = list(self.model.parameters())
+        else:
+            moved = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        for tensor in moved:
+            count = torch.zeros((), device=tensor.device if self._optimizer.defaults["fused"] else "cpu")
+            moments = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
+            self._optimizer.state[tensor] = {"step": count, **moments}
+        if self.stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()

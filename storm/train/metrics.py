@@ -39,6 +39,7 @@ TAGS = {
     "perf/data_wait": "share of the step that a rank waits for data: mean of ranks",
     "perf/data_wait_worst": "the same of the rank that waits longest",
     "perf/rank_skew": "share of the step by which the slowest rank comes later to its last backward than the mean rank",
+    "perf/checkpoint_s": "seconds that went into checkpoints since the last record",
     "mem/device_peak_bytes": "most bytes allocated on a device by torch, of the fullest rank; null on a CPU",
     "mem/host_resident_bytes": "resident bytes of the largest rank, its loader processes apart",
     "optim/lr": "learning rate of the step",

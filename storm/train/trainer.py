@@ -14,7 +14,8 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from storm.train import checkpoint, engine
 from storm.train.meter import Meter
 from storm.train.metrics import PARTS, RunLog, means, tagged
 from storm.train.optim import learning_rate
+from storm.train.owner import owned
 from storm.train.validate import Validation
 
 FINISHED = "FINISHED"
@@ -48,11 +50,14 @@ class NotFiniteError(ArithmeticError):
     """A loss or a gradient is NaN or infinite; the optimizer has not moved."""
 
 
-def pretrain(config: RunConfig, resume: str = "auto", stop_after_step: int | None = None) -> None:
+def pretrain(
+    config: RunConfig, resume: str = "auto", stop_after_step: int | None = None, allow: Collection[str] = ()
+) -> None:
     """Train a run to its end, or to `stop_after_step`, which leaves a checkpoint and does not bend the schedule.
 
     Args:
         resume: `auto`, `never`, or the path of one of the run's checkpoints.
+        allow: keys of the config that may differ from those of the checkpoint.
 
     Raises:
         ValueError: of config, shards or checkpoint; it names the file, the fact and the cure.
@@ -67,9 +72,10 @@ def pretrain(config: RunConfig, resume: str = "auto", stop_after_step: int | Non
         return
     world = engine.connect()
     try:
-        trainer = Trainer(config, world)
-        trainer.start(resume)
-        trainer.train(stop_after_step)
+        with owned(run_dir, world):
+            trainer = Trainer(config, world)
+            trainer.start(resume, allow)
+            trainer.train(stop_after_step)
     finally:
         engine.disconnect()
 
@@ -131,13 +137,15 @@ class Trainer:
         platforms = {slide: str(entry["platform"]) for slide, entry in shards.manifest["slides"].items()}
         self.meter = Meter(model, platforms, world)
         self.validation = Validation(shards, spec, self.config, world) if self.config.validation.every_steps else None
+        self.schedule = checkpoint.Schedule(config.checkpoint, world)
+        self.checkpoint_s = 0.0  # spent on saving since the last record of the log
         self.contents = checkpoint.Contents(dump(self.config), model, shards.genes, reference(shards, config.seed))
 
-    def start(self, resume: str) -> None:
+    def start(self, resume: str, allow: Collection[str] = ()) -> None:
         """Continue from a checkpoint, or begin, and write the resolved configs."""
-        found = checkpoint.find(self.run_dir, resume)
+        found = engine.gather(checkpoint.find(self.run_dir, resume))[0]  # ranks of other nodes may see an older folder
         if found:
-            checkpoint.check(found, self.contents, self.world)
+            checkpoint.check(found, self.contents, self.world, allow)
             self.step = self.stream.step_at(checkpoint.load(found, self.engine, self.world))
             engine.barrier()  # nothing is removed before every rank has loaded
         if len(set(engine.gather(self.stream.order_hash))) > 1:
@@ -154,7 +162,7 @@ class Trainer:
 
     def train(self, stop_after_step: int | None = None) -> None:
         """The steps up to the end of the schedule, or to `stop_after_step`."""
-        steps, every = self.config.optim.steps, self.config.checkpoint.every_steps
+        steps = self.config.optim.steps
         last = steps if stop_after_step is None else min(steps, stop_after_step)
         log = RunLog(self.run_dir, self.step) if self.world.rank == 0 else None
         pin = self.world.device.type == "cuda"
@@ -165,10 +173,11 @@ class Trainer:
             if watched:
                 record |= watched.run(self.engine)
             if watched or self.step % self.config.log_every == 0 or self.step == last:
-                record |= self.meter.read()
+                record |= self.meter.read() | {"perf/checkpoint_s": self.checkpoint_s}
+                self.checkpoint_s = 0.0
                 if log:
                     log.write(record)
-            if self.step % every == 0 or self.step == last:
+            if self.schedule.due(self.step) or self.step == last:
                 self._save()
         if log:
             log.close()
@@ -190,7 +199,7 @@ class Trainer:
         loss, parts = self.backward(micro)
         norm = self.engine.grad_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NotFiniteError(self._explain(norm))
+            raise NotFiniteError(self._explain(norm, micro))
         rate = learning_rate(self.step, self.config.optim)
         self.engine.step(rate)
         self._count(micro)
@@ -259,26 +268,44 @@ class Trainer:
         found = dict(zip(names, values, strict=True))
         return means(found, {part: found[f"count_{part}"] for part in PARTS}, self.config.loss)
 
-    def _explain(self, norm: float) -> str:
+    def _explain(self, norm: float, micro: list[Batch]) -> str:
         """Which ranks, terms and groups are not finite; the same text on every rank."""
-        first = self.step * self.stream.accumulation
-        own = [
-            f"rank {self.world.rank}: {name} of groups {', '.join(self.stream.keys(first + i))}"
-            for i, found in enumerate(self.partial)
-            for name, total in found.items()
-            if not math.isfinite(float(total))
-        ]
-        faults = [fault for faults in engine.gather(own) for fault in faults]
+        faults = self._named(self.partial)
         if not faults:
             wrong = [name for name, grad in self.engine.gradients().items() if not bool(grad.isfinite().all())]
-            keys = engine.gather([self.stream.keys(first + i) for i in range(self.stream.accumulation)])
-            faults = [f"gradient norm {norm}, in {', '.join(wrong[:8])}; groups {keys}"]
+            probed = self._named([self._probe(batch) for batch in micro])
+            faults = [f"gradient norm {norm}, in {', '.join(wrong[:8])}", *probed]
         return (
             f"{self.run_dir}: step {self.step + 1} is not finite ({'; '.join(faults)}); the weights have not moved: "
             "look at these groups, or start again with a lower optim.lr in another run_dir"
         )
 
+    def _named(self, values: list[dict[str, Tensor]]) -> list[str]:
+        """'rank: term of groups' of what is not finite among each micro-batch's values by term, of all ranks."""
+        first = self.step * self.stream.accumulation
+        own = [
+            f"rank {self.world.rank}: {name} of groups {', '.join(self.stream.keys(first + i))}"
+            for i, found in enumerate(values)
+            for name, value in found.items()
+            if not math.isfinite(float(value))
+        ]
+        return [fault for faults in engine.gather(own) for fault in faults]
+
+    def _probe(self, batch: Batch) -> dict[str, Tensor]:
+        """The norm of each term's own gradient for one micro-batch of this rank, computed again; all must call it."""
+        batch = {name: tensor.to(self.world.device) for name, tensor in batch.items()}
+        found = {}
+        for term in TERMS:
+
+            def total(outputs: dict[str, Tensor], term: str = term) -> Tensor:
+                return losses.terms(outputs, batch)[term][0]
+
+            found[f"gradient of {term}"] = self.engine.own_norm(batch, total)
+        return found
+
     def _save(self) -> None:
-        position = self.stream.position(self.step)
-        keep = self.config.checkpoint.keep_last
+        began = time.perf_counter()
+        position, keep = self.stream.position(self.step), self.config.checkpoint
         checkpoint.save(self.run_dir, self.step, position, self.contents, self.engine, self.world, keep)
+        self.schedule.saved()
+        self.checkpoint_s += time.perf_counter() - began

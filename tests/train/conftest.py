@@ -1,11 +1,14 @@
-"""One process group of one rank, for the tests that train in this process."""
+"""One process group of one rank, for the tests that train in this process; and runs that several test files look at."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from storm.train import engine
+from storm.train.trainer import Trainer
+from tests.train import jobs, runs
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +24,28 @@ def world() -> Iterator[engine.World]:
     yield alone
     engine.disconnect()
     os.environ.pop("LOCAL_RANK")
+
+
+@pytest.fixture(scope="session")
+def alone(tiny_shards: Path, world: engine.World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one rank from start to end."""
+    trainer = Trainer(runs.kept(tiny_shards, tmp_path_factory.mktemp("alone") / "run"), world)
+    trainer.start("never")
+    trainer.train()
+    return trainer.run_dir
+
+
+@pytest.fixture(scope="session")
+def two(alone: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """stage -> folder of `runs.main` by two ranks, where `other` began on one rank in ZeRO 1."""
+    done: dict[int, Path] = {}
+
+    def of(stage: int) -> Path:
+        if stage not in done:
+            folder = done[stage] = tmp_path_factory.mktemp(f"stage{stage}")
+            runs.carry(alone, folder / "other")
+            words = runs.words(tiny_shards, folder, 1, *runs.KEEP, f"engine.zero_stage={stage}", runs.DIVIDED)
+            jobs.Ranks(["-m", "tests.train.runs", str(folder), *words], 2, folder / "out.txt").wait()
+        return done[stage]
+
+    return of

@@ -1,19 +1,28 @@
-"""Small runs for the tests; as a script, one rank of a job that trains one and writes its first gradients."""
+"""Small runs for the tests; as a script, one rank of a job that trains one and writes its first gradients.
+
+A run beside it, left by another number of ranks, is continued by the same job.
+"""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from storm import losses
 from storm.config import RunConfig, load
 from storm.data.stream import batches
 from storm.train import engine
-from storm.train.trainer import Trainer
+from storm.train.trainer import FINISHED, NotFiniteError, Trainer
 
 MEASURED = ("perf/", "mem/")  # tags of these differ from run to run
-BATCH, STEPS, STOP = 4, 4, 2
+THRESHOLD = "deepspeed.extra.zero_optimization.stage3_param_persistence_threshold"
+BATCH, STEPS, STOP = 4, 20, 10
+# Small tensors would stay whole on every rank in ZeRO 3; with this none does.
+DIVIDED = f"{THRESHOLD}=0"
+KEEP = ("checkpoint.every_steps=10", "checkpoint.keep_every=10")
 
 
 def words(shards: Path, run_dir: Path, micro: int = 1, *more: str) -> list[str]:
@@ -23,6 +32,17 @@ def words(shards: Path, run_dir: Path, micro: int = 1, *more: str) -> list[str]:
         f"data.micro_batch_size={micro}", f"optim.steps={STEPS}", "optim.lr=2e-3", "checkpoint.every_steps=100",
         "mask.loss_genes=200", *more,
     ]  # fmt: skip
+
+
+def kept(shards: Path, run_dir: Path, *more: str) -> RunConfig:
+    """A run in micro-batches of one group that keeps its checkpoints of the steps STOP and STEPS."""
+    return load(RunConfig, None, words(shards, run_dir, 1, *KEEP, *more))
+
+
+def carry(run: Path, to: Path) -> Path:
+    """A copy of a run as it stood at step STOP."""
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns(FINISHED, f"step_{STEPS:07d}"))
+    return to
 
 
 def log(run_dir: Path) -> list[dict]:
@@ -39,9 +59,9 @@ def first_step(config: RunConfig, world: engine.World) -> dict[str, np.ndarray]:
     """Loss and gradients of the first global batch, with weights moved off the zeros that heads start from."""
     trainer = Trainer(config, world)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.engine.model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    weights = engine.gather(trainer.engine.weights())[0]
+    noise = {name: 0.02 * torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+    trainer.engine.set_weights(lambda name: weights[name] + noise[name])
     loss, parts = trainer.backward(trainer.take(batches(trainer.stream, 0, 1, workers=0)))
     found = {name: gradient.numpy() for name, gradient in trainer.engine.gradients().items()}
     norm = trainer.engine.grad_norm()
@@ -49,16 +69,44 @@ def first_step(config: RunConfig, world: engine.World) -> dict[str, np.ndarray]:
     return found | values | {"loss": np.array(loss), "norm": np.array(norm)}
 
 
-def main(overrides: list[str], out: Path) -> None:
-    """Write the first gradients, then train the run from its start to its end."""
-    config = load(RunConfig, None, overrides)
-    world = engine.connect()
-    found = first_step(config, world)
-    if world.rank == 0:
-        np.savez(out, **found)  # type: ignore[arg-type]
-    trainer = Trainer(config, world)
+def steep(found: dict[str, losses.Term]) -> dict[str, losses.Term]:
+    """Losses of which depth has the same value and an infinite gradient."""
+    total, count = found["depth"]
+    return found | {"depth": (total + (total - total.detach()).sqrt(), count)}
+
+
+def broken(config: RunConfig, world: engine.World, groups: Path) -> str:
+    """What a run says whose rank 1 alone has a gradient that is not finite; its groups are written to a file."""
+    trainer, honest = Trainer(config, world), losses.terms
     trainer.start("never")
-    trainer.train()
+    before = trainer.engine.weights()
+    if world.rank == 1:
+        losses.terms = lambda outputs, batch: steep(honest(outputs, batch))
+        groups.write_text(", ".join(trainer.stream.keys(0)))
+    try:
+        trainer.train()
+    except NotFiniteError as error:
+        after = trainer.engine.weights()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        return str(error)
+    finally:
+        losses.terms = honest
+    raise AssertionError("it trained on")
+
+
+def main(overrides: list[str], folder: Path) -> None:
+    """Write the first gradients, train `run` from its start to its end, continue `other`, and break one."""
+    world = engine.connect()
+    found = first_step(load(RunConfig, None, [*overrides, f"run_dir={folder / 'first'}"]), world)
+    if world.rank == 0:
+        np.savez(folder / "first.npz", **found)  # type: ignore[arg-type]
+    for name, resume in (("run", "never"), ("other", "auto")):
+        trainer = Trainer(load(RunConfig, None, [*overrides, f"run_dir={folder / name}"]), world)
+        trainer.start(resume, ["engine.zero_stage", THRESHOLD])
+        trainer.train()
+    said = broken(load(RunConfig, None, [*overrides, f"run_dir={folder / 'broken'}"]), world, folder / "groups.txt")
+    (folder / f"said{world.rank}.txt").write_text(said)
+    engine.barrier()
     engine.disconnect()
 
 

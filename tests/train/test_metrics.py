@@ -19,7 +19,7 @@ FROZEN = [
     *(f"train/{name}" for name in LOSSES), *(f"train/loss/expr_{mode}" for mode in MODES),
     "val/loss", "val/expr", "val/depth", "val/image", *(f"val/expr_{mode}" for mode in MODES), "val/pearson",
     "perf/profiles_per_s", "perf/tiles_per_s", "perf/mfu", "perf/step_s",
-    "perf/data_wait", "perf/data_wait_worst", "perf/rank_skew",
+    "perf/data_wait", "perf/data_wait_worst", "perf/rank_skew", "perf/checkpoint_s",
     "mem/device_peak_bytes", "mem/host_resident_bytes", "optim/lr", "optim/grad_norm",
     "data/unknown", "data/st", "data/visium", "data/visium_hd", "data/xenium", "data/cosmx",
     "progress/samples", "progress/epoch",

@@ -13,7 +13,7 @@ from storm import cli
 from storm.train import node, preflight
 from storm.train.node import Disk, Facts, Needs
 from tests.train import runs
-from tests.train.test_ranks import REPO, environment, free_port
+from tests.train.jobs import REPO, environment, free_port
 
 GOOD = Facts(
     0, "a", "H100", True, "550.1", "2.14", "nccl 2.27", frozenset(range(16)), 65536, int(1e11),

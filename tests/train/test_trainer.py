@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from storm import checkpoints, losses
-from storm.config import RunConfig, dump, load
+from storm.config import CheckpointConfig, RunConfig, dump, load
 from storm.genes import GeneTable
 from storm.model.storm import Storm
 from storm.presets import resolve_model
@@ -129,7 +130,7 @@ def test_a_refused_checkpoint_removes_nothing(finished: Path, tiny_shards: Path,
 def test_a_killed_runs_temporary_folders_are_swept(stopped: Path, tiny_shards: Path, world: engine.World) -> None:
     kept = {path.name for path in (stopped / "checkpoints").iterdir()}
     for name in (".step_0000002.0123456789ab.tmp", ".step_0000001.0123456789ab.old"):
-        (stopped / "checkpoints" / name / "deepspeed").mkdir(parents=True)
+        (stopped / "checkpoints" / name).mkdir(parents=True)
     train(tiny_shards, stopped, world, stop=1)
     assert {path.name for path in (stopped / "checkpoints").iterdir()} == kept
 
@@ -141,23 +142,75 @@ def test_a_stop_before_the_first_step_is_refused(tiny_shards: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_retention(tiny_shards: Path, world: engine.World, tmp_path: Path) -> None:
+    more = ("optim.steps=5", "checkpoint.every_steps=1", "checkpoint.keep_last=1", "checkpoint.keep_every=2")
+    train(tiny_shards, tmp_path, world, *more)
+    assert [checkpoints.step_of(path) for path in checkpoints.complete(tmp_path)] == [2, 4, 5]
+
+
+def test_a_checkpoint_by_the_clock(
+    tiny_shards: Path, world: engine.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_shards, tmp_path / "late", world, "checkpoint.every_minutes=1e-9", "checkpoint.keep_last=9")
+    assert [checkpoints.step_of(path) for path in checkpoints.complete(tmp_path / "late")] == [1, 2, 3]
+    spent = [json.loads(line)["perf/checkpoint_s"] for line in (tmp_path / "late/log.jsonl").read_text().splitlines()]
+    assert spent[0] == 0 and min(spent[1:]) > 0, "what a save took is told by the record after it"
+    schedule = checkpoint.Schedule(CheckpointConfig(every_minutes=2.0), world)
+    began = schedule._since
+    for minutes, due in ((0, False), (1.9, False), (2.1, True)):
+        monkeypatch.setattr(time, "monotonic", lambda minutes=minutes: began + 60 * minutes)
+        assert schedule.due(1) == due
+    schedule.saved()
+    assert not schedule.due(1) and schedule.due(500)
+
+
+def test_deepspeed_takes_keys_that_are_not_derived(tiny_shards: Path, world: engine.World, tmp_path: Path) -> None:
+    extra = "deepspeed.extra.zero_optimization.reduce_scatter=false"
+    train(tiny_shards, tmp_path, world, extra, "deepspeed.extra.prescale_gradients=true", stop=1)
+    settings = json.loads((tmp_path / "deepspeed.json").read_text())
+    assert settings["prescale_gradients"] and not settings["zero_optimization"]["reduce_scatter"]
+    assert settings["zero_optimization"]["stage"] == 1
+    for key, cure in (
+        ("zero_optimization.stage=2", "leave it out"),
+        ("train_batch_size=8", "leave it out"),
+        ("bf16.enabled=true", r"set engine\.precision"),
+    ):
+        config = load(RunConfig, None, runs.words(tiny_shards, tmp_path, 2, f"deepspeed.extra.{key}"))
+        with pytest.raises(
+            ValueError, match=rf"deepspeed\.extra\.{key.split('=')[0].removesuffix('.enabled')}.*{cure}"
+        ):
+            engine.settings(config, 2)
+
+
 def test_a_finished_run_is_left_alone(finished: Path, tiny_shards: Path, capsys: pytest.CaptureFixture) -> None:
     before = (finished / "log.jsonl").read_bytes()
     pretrain(load(RunConfig, None, runs.words(tiny_shards, finished)))
     assert "the run is finished" in capsys.readouterr().out and (finished / "log.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "rng_rank0.json", "deepspeed"])
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "rng_rank0.json", "optimizer_rank0.safetensors"])
 def test_a_damaged_checkpoint_is_refused_before_it_is_read(
     stopped: Path, tiny_shards: Path, world: engine.World, name: str
 ) -> None:
-    path = checkpoints.latest(stopped) / name
-    victim = sorted(path.rglob("*optim_states.pt"))[0] if path.is_dir() else path
+    victim = checkpoints.latest(stopped) / name
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     with pytest.raises(ValueError, match=rf"{victim.name}: its sha256 is not that of COMPLETE"):
         train(tiny_shards, stopped, world)
+
+
+def test_a_damaged_newest_checkpoint_names_the_older_one(
+    finished: Path, tiny_shards: Path, world: engine.World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    older, newest = checkpoints.complete(run)
+    with (newest / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match=rf"use an older one \(--resume {older}\)"):
+        train(tiny_shards, run, world)
+    assert train(tiny_shards, run, world, resume=str(older)).step == 3 and runs.log(run) == runs.log(finished)
 
 
 def test_a_torn_checkpoint_does_not_count(finished: Path, stopped: Path) -> None:
@@ -177,6 +230,22 @@ def test_another_config_is_refused_with_the_keys(stopped: Path, tiny_shards: Pat
         train(tiny_shards, stopped, world, "optim.lr=0.001", "seed=5", "log_every=7")
 
 
+def test_a_change_that_is_allowed(stopped: Path, tiny_shards: Path, world: engine.World) -> None:
+    def resume(*allow: str) -> Trainer:
+        words = runs.words(tiny_shards, stopped, 2, "optim.steps=3", "optim.lr=0.001", "engine.zero_stage=2")
+        trainer = Trainer(load(RunConfig, None, words), world)
+        trainer.start("auto", allow)
+        return trainer
+
+    with pytest.raises(ValueError, match=r"\(engine\.zero_stage: 1 -> 2\); .*name each with --allow-change"):
+        resume("optim.lr")
+    with pytest.raises(ValueError, match=r"--allow-change optim\.rate: is no key"):
+        resume("optim.lr", "optim.rate")
+    trainer = resume("optim.lr", "engine.zero_stage")
+    trainer.train()
+    assert trainer.step == 3 and runs.log(stopped)[2]["optim/lr"] <= 0.001
+
+
 def test_which_checkpoint(finished: Path, tmp_path: Path) -> None:
     newest = checkpoints.latest(finished)
     assert checkpoint.find(finished, "auto") == newest and checkpoint.find(tmp_path, "auto") is None
@@ -188,16 +257,14 @@ def test_which_checkpoint(finished: Path, tmp_path: Path) -> None:
         checkpoint.find(tmp_path, str(older))
 
 
-def test_other_genes_and_other_ranks_are_refused(stopped: Path, tiny_shards: Path, world: engine.World) -> None:
-    path = checkpoints.latest(stopped)
+def test_other_genes_are_refused(stopped: Path, tiny_shards: Path, world: engine.World) -> None:
     trainer = Trainer(load(RunConfig, None, runs.words(tiny_shards, stopped, 2, "optim.steps=3")), world)
-    two = engine.World(0, 2, world.device)
-    with pytest.raises(ValueError, match="written by 1 ranks, this job has 2"):
-        checkpoint.check(path, trainer.contents, two)
     table = trainer.contents.genes
     fewer = GeneTable((*table.ids[:-1], "ENSG99999999999"), table.symbols, table.share)
     with pytest.raises(ValueError, match=r"genes\.tsv: not the genes of the shards"):
-        checkpoint.check(path, checkpoint.Contents(**{**vars(trainer.contents), "genes": fewer}), world)
+        checkpoint.check(
+            checkpoints.latest(stopped), checkpoint.Contents(**{**vars(trainer.contents), "genes": fewer}), world
+        )
 
 
 def test_another_geometry_than_the_shards_is_refused(tiny_shards: Path) -> None:
@@ -243,19 +310,28 @@ def test_a_damaged_shard_stops_the_run_and_is_named(
         train(shards, tmp_path / "run", world, f"data.workers={workers}")
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_gradient_that_is_not_finite_stops_too(
-    tiny_shards: Path, world: engine.World, tmp_path: Path, stage: int
+    tiny_shards: Path, world: engine.World, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = runs.words(tiny_shards, tmp_path, 4, f"engine.zero_stage={stage}")
-    trainer = Trainer(load(RunConfig, None, words), world)
+    """Of one term in the second micro-batch, whose loss is finite."""
+    trainer = Trainer(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 2, f"engine.zero_stage={stage}")), world)
     trainer.start("never")
-    name, parameter = next(iter(trainer.engine.model.named_parameters()))
-    parameter.register_hook(lambda gradient: gradient * torch.inf)
-    before = trainer.engine.weights()
-    with pytest.raises(NotFiniteError, match=rf"gradient norm nan, in {name}"):
+    wrong, honest = trainer.stream[1]["target_log_depth"], losses.terms
+
+    def broken(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, losses.Term]:
+        found = honest(outputs, batch)
+        return runs.steep(found) if torch.equal(batch["target_log_depth"], wrong) else found
+
+    monkeypatch.setattr(losses, "terms", broken)
+    before, keys = trainer.engine.weights(), trainer.stream.keys(1)
+    with pytest.raises(NotFiniteError) as caught:
         trainer.train()
-    assert all(torch.equal(before[n], tensor) for n, tensor in trainer.engine.weights().items())
+    assert "gradient norm nan, in morphology.embed.weight, " in str(caught.value)
+    assert str(caught.value).count("rank") == 1 and f"rank 0: gradient of depth of groups {', '.join(keys)})" in str(
+        caught.value
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.engine.weights().items())
 
 
 def test_bf16_and_stage_0_train(tiny_shards: Path, world: engine.World, tmp_path: Path) -> None:
