@@ -1,16 +1,16 @@
 """Pretrain: `deepspeed --num_gpus N launch/pretrain.py --config FILE`, or `python launch/pretrain.py ...` on one rank.
 
-Exit code 0: finished, or stopped where asked; 1: a loss or gradient was not finite; 2: wrong usage, config or data.
+The same under torchrun and srun; launch/README.md has the ways and the exit codes. 0: finished, or stopped where asked;
+75: saved before its end, the same command goes on.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from storm import config
 from storm.commands import INTERRUPTED, explain
-from storm.train.trainer import NotFiniteError, RankError, pretrain
+from storm.train import ranks, stop
 
 
 def arguments() -> argparse.Namespace:
@@ -24,20 +24,35 @@ def arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+def tell(error: Exception) -> int:
+    """Say what is wrong in one line; the exit code."""
+    print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr, flush=True)
+    return int(getattr(error, "code", stop.USAGE))
+
+
 def main() -> int:
     """Run it; the exit code."""
     args = arguments()
-    rank = int(os.environ.get("RANK", "0"))
+    stop.listen()
     try:
-        pretrain(config.load(config.RunConfig, args.config, args.overrides), args.resume, args.stop_after_step)
+        quiet = ranks.current().local_rank > 0  # each node says what is wrong there, once
+    except ValueError as error:
+        return tell(error)
+    try:
+        run = config.load(config.RunConfig, args.config, args.overrides)
+    except ValueError as error:
+        return stop.USAGE if quiet else tell(error)
+    # Only now, for it takes seconds, in which a signal must not end the process.
+    from storm.train.trainer import NotFiniteError, pretrain
+
+    try:
+        return pretrain(run, args.resume, args.stop_after_step).code
+    except stop.ToldError as error:
+        return error.code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, OSError, NotFiniteError) as error:
-        if rank == 0 or isinstance(error, RankError):  # the others have met the same
-            text = explain(error) if isinstance(error, OSError) else error
-            print(f"error: {text}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, NotFiniteError) else 2
-    return 0
+    except (ValueError, OSError, NotFiniteError, stop.RankLeftError) as error:
+        return tell(error)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ workers and micro-batches, and the whole state is one `Position`.
 import dataclasses
 import functools
 import hashlib
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -166,9 +169,18 @@ class GroupStream(Dataset):
 
 
 def _quiet_worker(_: int) -> None:
-    """Ctrl-C and a scheduler's signals are for the rank, which ends its workers itself."""
+    """Ctrl-C and a scheduler's signals are for the rank, which ends its workers itself: by TERM, heeded of it alone."""
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    rank = multiprocessing.parent_process()
+    while rank is None or signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank.pid:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def batches(stream: GroupStream, first_step: int, last_step: int, workers: int, pin: bool = False) -> Iterator[Batch]:

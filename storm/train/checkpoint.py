@@ -23,7 +23,8 @@ from storm.train import engine
 from storm.train.engine import Engine, World
 
 # What may differ between a run and its continuation: it changes neither losses nor weights.
-_FREE = {"run_dir", "log_every", "data.shards", "data.workers", "checkpoint.every_steps", "checkpoint.keep_last"}
+_FREE = {"run_dir", "log_every", "data.shards", "data.workers", "checkpoint.every_steps", "checkpoint.keep_last",
+         "stop.time_limit_s", "stop.margin_s", "stop.max_restarts", "stop.stall_s"}  # fmt: skip
 
 
 @dataclass(frozen=True)

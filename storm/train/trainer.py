@@ -30,9 +30,10 @@ from storm.data.stream import Batch, GroupStream, batches
 from storm.model.storm import Storm
 from storm.presets import ModelConfig
 from storm.shards import MANIFEST, ShardSet
-from storm.train import checkpoint, engine
+from storm.train import checkpoint, engine, ranks, stop
 from storm.train.metrics import RunLog
 from storm.train.optim import learning_rate
+from storm.train.watch import Watch
 
 FINISHED = "FINISHED"
 TERMS = ("expr", "depth", "image")
@@ -45,29 +46,40 @@ class RankError(ValueError):
 class NotFiniteError(ArithmeticError):
     """A loss or a gradient is NaN or infinite; the optimizer has not moved."""
 
+    code = stop.FAULT
 
-def pretrain(config: RunConfig, resume: str = "auto", stop_after_step: int | None = None) -> None:
+
+def pretrain(config: RunConfig, resume: str = "auto", stop_after_step: int | None = None) -> stop.Reason:
     """Train a run to its end, or to `stop_after_step`, which leaves a checkpoint and does not bend the schedule.
 
     Args:
         resume: `auto`, `never`, or the path of one of the run's checkpoints.
 
+    Returns:
+        Why it stopped; its `code` is the process's exit code.
+
     Raises:
         ValueError: of config, shards or checkpoint; it names the file, the fact and the cure.
         NotFiniteError: a loss or gradient is not finite.
+        RankLeftError, ToldError: another rank left or failed.
     """
     if stop_after_step is not None and stop_after_step < 1:
         raise ValueError(f"--stop-after-step {stop_after_step}: no step comes before it; give 1 or more")
     run_dir = Path(config.run_dir)
+    place = ranks.current()
     if (run_dir / FINISHED).is_file():
-        if os.environ.get("RANK", "0") == "0":
+        if place.rank == 0:
             print(f"{run_dir}: the run is finished ({FINISHED}); to train anew choose another run_dir")
-        return
-    world = engine.connect()
+        return stop.FINISHED
+    world = engine.connect(place)
     try:
-        trainer = Trainer(config, world)
-        trainer.start(resume)
-        trainer.train(stop_after_step)
+        with Watch(place, world.progress, config.stop.stall_s):
+            engine.refuse_unequal(place, world, config.engine.precision)
+            trainer = Trainer(config, world)
+            trainer.start(resume)
+            reason = trainer.train(stop_after_step)
+            trainer.requests.conclude()
+            return reason
     finally:
         engine.disconnect()
 
@@ -122,6 +134,7 @@ class Trainer:
             raise ValueError(f"{shards.folder}: the gene table has no column `share`; pack again")
         self.config = config.model_copy(update={"model": fit_model(config.model, shards)})
         self.world, self.run_dir, self.step = world, Path(config.run_dir), 0
+        self.requests = stop.Requests(self.run_dir, world.rank, config.stop)
         data, model = self.config.data, self.config.model
         spec = BatchSpec(model.tile_px, len(shards.genes), shards.panels, model.organs, share)
         self.stream = GroupStream(
@@ -148,29 +161,35 @@ class Trainer:
             checkpoint.sweep(self.run_dir)
             if found and (gone := checkpoint.discard_after(self.run_dir, self.step)):
                 print(f"{self.run_dir}: removed the later checkpoints {', '.join(gone)}", flush=True)
+            stop.count_restart(self.run_dir, self.step, self.config.stop.max_restarts, os.environ)
             files.write_bytes(self.run_dir / "config.yaml", self.contents.config.encode())
             files.write_json(self.run_dir / "deepspeed.json", engine.settings(self.config, self.stream.accumulation))
         engine.barrier()
 
-    def train(self, stop_after_step: int | None = None) -> None:
-        """The steps up to the end of the schedule, or to `stop_after_step`."""
+    def train(self, stop_after_step: int | None = None) -> stop.Reason:
+        """The steps up to the end of the schedule, to `stop_after_step`, or to a request; the reason of the end."""
         steps, every = self.config.optim.steps, self.config.checkpoint.every_steps
         last = steps if stop_after_step is None else min(steps, stop_after_step)
         log = RunLog(self.run_dir, self.step) if self.world.rank == 0 else None
         pin = self.world.device.type == "cuda"
-        source = batches(self.stream, self.step, last, self.config.data.workers, pin)
-        while self.step < last:
+        with stop.deferred():
+            source = batches(self.stream, self.step, last, self.config.data.workers, pin)
+        while self.step < last and not self.requests.agreed:
             record = self._train_step(source)
-            if log and (self.step % self.config.log_every == 0 or self.step == last):
+            ends = self.step == last or self.requests.agreed
+            if log and (self.step % self.config.log_every == 0 or ends):
                 log.write(record)
-            if self.step % every == 0 or self.step == last:
+            if self.step % every == 0 or ends:
                 self._save()
         if log:
             log.close()
+        reason = stop.FINISHED if self.step == steps else self.requests.agreed or stop.AFTER_STEP
         if self.world.rank == 0 and self.step == steps:
             files.write_json(self.run_dir / FINISHED, {"step": self.step, "code_version": checkpoints.code_version()})
         if self.world.rank == 0:
-            print(f"{self.run_dir}: step {self.step} of {steps}", flush=True)
+            why = f", stopped by {reason.name}" if reason is self.requests.agreed else ""
+            print(f"{self.run_dir}: step {self.step} of {steps}{why}", flush=True)
+        return reason
 
     def _train_step(self, source: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step; the record for the log."""
@@ -184,6 +203,7 @@ class Trainer:
         rate = learning_rate(self.step, self.config.optim)
         self.engine.step(rate)
         self.step += 1
+        self.world.progress.step, self.world.progress.waits_for = self.step, "its own step"
         place = self.stream.position(self.step)
         return {
             "step": self.step, "epoch": place.epoch, "loss": loss, **means, "lr": rate, "grad_norm": norm,
@@ -194,7 +214,8 @@ class Trainer:
     def take(self, source: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of this rank's next step."""
         try:
-            return list(itertools.islice(source, self.stream.accumulation))
+            with self.world.progress.waiting("its loader"):
+                return list(itertools.islice(source, self.stream.accumulation))
         except ValueError as error:
             # A loader process hands its error over as a traceback in text; the last line is the error itself.
             fact = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
@@ -228,8 +249,11 @@ class Trainer:
     def _counts(self, micro: list[Batch]) -> dict[str, float]:
         """Each term's count over all micro-batches and ranks."""
         own = [torch.stack([losses.counts(batch)[name].double() for name in TERMS]) for batch in micro]
-        total = engine.sum_over_ranks(torch.stack(own).sum(0).to(self.world.device))
-        return dict(zip(TERMS, total.tolist(), strict=True))
+        votes = torch.tensor(self.requests.votes(), dtype=torch.float64)  # in the same sum: it costs no other wait
+        with self.world.progress.waiting("the other ranks"):
+            total = engine.sum_over_ranks(torch.cat([torch.stack(own).sum(0), votes]).to(self.world.device)).tolist()
+        self.requests.decide(total[len(TERMS) :])
+        return dict(zip(TERMS, total, strict=False))
 
     def _means(self, sums: dict[str, Tensor], counts: dict[str, float]) -> tuple[float, dict[str, float | None]]:
         """Loss over all ranks, from this rank's sums, and its parts; None where nothing was asked."""
@@ -265,4 +289,5 @@ class Trainer:
     def _save(self) -> None:
         position = self.stream.position(self.step)
         keep = self.config.checkpoint.keep_last
-        checkpoint.save(self.run_dir, self.step, position, self.contents, self.engine, self.world, keep)
+        with self.world.progress.waiting("a checkpoint"):
+            checkpoint.save(self.run_dir, self.step, position, self.contents, self.engine, self.world, keep)
