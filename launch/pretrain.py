@@ -53,6 +53,8 @@ def main() -> int:
         return INTERRUPTED
     except (ValueError, OSError, NotFiniteError, stop.RankLeftError) as error:
         return tell(error)
+    finally:
+        stop.end_listening()
 
 
 if __name__ == "__main__":

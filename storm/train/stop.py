@@ -87,6 +87,13 @@ def listen() -> None:
         signal.signal(number, lambda got, _: _received.add(signal.Signals(got)))
 
 
+def end_listening() -> None:
+    """Signals are ignored. Python's last act gives them their default back, with which one ends the process: a launcher
+    sends TERM to all ranks as soon as the first has ended, and the exit code would be that of the signal."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def deferred() -> Iterator[None]:
     """Signals wait; processes that are started meanwhile never get them, for they are for the rank alone."""

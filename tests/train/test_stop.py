@@ -18,8 +18,8 @@ from tests.train import runs
 REPO = Path(__file__).resolve().parents[2]
 
 
-def requests(folder: Path, rank: int = 0, **config: float) -> stop.Requests:
-    return stop.Requests(folder, rank, StopConfig(**config))
+def requests(folder: Path, rank: int = 0) -> stop.Requests:
+    return stop.Requests(folder, rank, StopConfig())
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +67,9 @@ def test_signals_set_a_flag_and_say_what_they_mean_here(tmp_path: Path, monkeypa
 
 def test_a_preempted_job_waits_to_be_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(stop.time, "sleep", waited.append)
+    monkeypatch.setattr(time, "sleep", waited.append)
     clock = iter(range(0, 10_000, 60))
-    monkeypatch.setattr(stop.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     for reason, times in ((stop.TERMINATED, 0), (stop.SIGNALLED, 0), (stop.PREEMPTED, 9)):
         one = requests(tmp_path)
         one.agreed = reason
@@ -97,7 +97,7 @@ def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     ends = {"1": now + 5000}
     monkeypatch.setattr(stop, "end_of_job", ends.get)
-    monkeypatch.setattr(stop.time, "time", lambda: now)
+    monkeypatch.setattr(time, "time", lambda: now)
     assert stop.Deadline(StopConfig(), {}).end_s == float("inf")
     assert stop.Deadline(StopConfig(time_limit_s=60), {}).end_s == now + 60
     assert stop.Deadline(StopConfig(time_limit_s=60), {"SLURM_JOB_ID": "1"}).end_s == now + 60
