@@ -75,7 +75,7 @@ def process_of(job: str, rank: int) -> int:
 def undisturbed(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks by torchrun, from start to end."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    command = [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", PROGRAM, *words(tiny_shards, run_dir)]
+    command = [f"{BIN}/torchrun", "--standalone", "--nproc_per_node=2", str(PROGRAM), *words(tiny_shards, run_dir)]
     ours = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     env = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(command, env=env | ENV, capture_output=True, text=True, timeout=LIMIT_S, check=False)
@@ -156,8 +156,8 @@ def test_a_task_for_each_gpu_and_all_gpus_for_each_task(cluster: Cluster, tmp_pa
         f"{node * GPUS + task}: {NODES[node]} {task} 1 0,1: python {PROGRAM} a=b"
         for node in range(len(NODES)) for task in range(GPUS)
     ]  # fmt: skip
-    options = ("--nodes=2", "--gres=gpu:1", f"--output={tmp_path}/bare", "slurm/pretrain.sbatch", "a=b")
-    done = cluster.run("sbatch", "--parsable", *options, cwd=REPO, STORM_RUN=str(wrapper))
+    bare = ("--nodes=2", "--gres=gpu:1", f"--output={tmp_path}/bare", "slurm/pretrain.sbatch", "a=b")
+    done = cluster.run("sbatch", "--parsable", *bare, cwd=REPO, STORM_RUN=str(wrapper))
     assert cluster.waited(done.stdout.strip()) == {"": "COMPLETED:0"}
     tasks = sorted(line for line in (tmp_path / "bare").read_text().splitlines() if line[1] == ":")
     assert [line.split()[:2] for line in tasks] == [[f"{node}:", NODES[node]] for node in range(len(NODES))]
