@@ -130,12 +130,12 @@ class Requests:
         """Agree, given the sum of all ranks' votes: the same everywhere."""
         self.agreed = self.agreed or next((reason for reason, n in zip(REQUESTS, votes, strict=True) if n), None)
 
-    def conclude(self) -> None:
+    def conclude(self, reason: Reason) -> None:
         """After the checkpoint: take the request back; a preempted job waits to be killed, for one that ends by itself
         is not requeued."""
         if self.agreed is STOP_FILE and self._first:
             self.file.unlink(missing_ok=True)
-        if self.agreed is PREEMPTED:
+        if reason is PREEMPTED:
             end = time.monotonic() + HOLD_S
             while time.monotonic() < end:
                 time.sleep(1)

@@ -5,6 +5,8 @@ In: a RunConfig. Out: the run folder,
     config.yaml deepspeed.json    as resolved
     log.jsonl tensorboard/        one record per logged step
     checkpoints/step_0000020/     see storm.checkpoints
+    restarts.json                 how often a machine began it anew without a new checkpoint
+    STOP                          to be made by whoever wants the run to save and end
     FINISHED                      json, written last
 
 Losses are sums divided by counts of the whole global batch, so neither ranks nor micro-batches change them.
@@ -78,7 +80,7 @@ def pretrain(config: RunConfig, resume: str = "auto", stop_after_step: int | Non
             trainer = Trainer(config, world)
             trainer.start(resume)
             reason = trainer.train(stop_after_step)
-            trainer.requests.conclude()
+            trainer.requests.conclude(reason)
             return reason
     finally:
         engine.disconnect()

@@ -21,7 +21,7 @@ from storm.train.trainer import FINISHED
 from tests.slurm.cluster import GPUS, NODES, Cluster, until
 
 REPO = Path(__file__).resolve().parents[2]
-PROGRAM, BIN = REPO / "launch" / "pretrain.py", Path(sys.executable).parent
+SUBMIT, PROGRAM, BIN = REPO / "slurm" / "submit", REPO / "launch" / "pretrain.py", Path(sys.executable).parent
 STEPS, LIMIT_S = 40, 300
 ENV = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPO)}
 
@@ -48,8 +48,8 @@ def after(step: int, run_dir: Path) -> Callable[[], bool]:
 def submitted(cluster: Cluster, cwd: Path, *options: object, **env: str) -> str:
     """The id of a job of pretrain.sbatch on both nodes."""
     cwd.mkdir(exist_ok=True)
-    command = (REPO / "slurm" / "submit", "pretrain.sbatch", f"--nodes={len(NODES)}", "--cpus-per-task=1", *options)
-    done = cluster.run(*command, cwd=cwd, **ENV, **env)
+    sized = (f"--nodes={len(NODES)}", "--cpus-per-task=1", *options)
+    done = cluster.run(SUBMIT, "pretrain.sbatch", *sized, cwd=cwd, **ENV, **env)
     assert re.fullmatch(r"\d+\n", done.stdout), done
     return done.stdout.strip()
 
@@ -87,7 +87,8 @@ def test_a_job_asked_to_stop_and_then_preempted_ends_as_an_undisturbed_one(
     cluster: Cluster, undisturbed: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = submitted(cluster, tmp_path, "--", *words(tiny_shards, run_dir))
+    # With a loader process, for SLURM sends its signals to all processes of a task.
+    job = submitted(cluster, tmp_path, "--", *words(tiny_shards, run_dir), "data.workers=1")
     until(after(1, run_dir), "the first steps", LIMIT_S, pause=0.05)
     cluster.tell("scancel", "--signal=USR2", job)  # as SLURM does before the time limit
     until(lambda: checkpoints.complete(run_dir), "a checkpoint", LIMIT_S)
@@ -161,6 +162,10 @@ def test_a_task_for_each_gpu_and_all_gpus_for_each_task(cluster: Cluster, tmp_pa
     assert cluster.waited(done.stdout.strip()) == {"": "COMPLETED:0"}
     tasks = sorted(line for line in (tmp_path / "bare").read_text().splitlines() if line[1] == ":")
     assert [line.split()[:2] for line in tasks] == [[f"{node}:", NODES[node]] for node in range(len(NODES))]
+    done = cluster.run(SUBMIT, "embed.sbatch", "--gres=gpu:1", "--", "-o", "b", cwd=tmp_path, STORM_RUN=str(wrapper))
+    assert cluster.waited(done.stdout.strip()) == {"": "COMPLETED:0"}
+    log = (tmp_path / "logs" / f"storm-embed_{done.stdout.strip()}.out").read_text()
+    assert log == f"{NODES[0]} 0 4 0: python {REPO / 'launch' / 'embed.py'} -o b\n"
 
 
 def test_what_is_asked_of_slurm(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,10 +70,10 @@ def test_a_preempted_job_waits_to_be_killed(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(time, "sleep", waited.append)
     clock = iter(range(0, 10_000, 60))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    for reason, times in ((stop.TERMINATED, 0), (stop.SIGNALLED, 0), (stop.PREEMPTED, 9)):
+    for reason, times in ((stop.TERMINATED, 0), (stop.SIGNALLED, 0), (stop.FINISHED, 0), (stop.PREEMPTED, 9)):
         one = requests(tmp_path)
-        one.agreed = reason
-        one.conclude()
+        one.agreed = stop.PREEMPTED  # which the last step of all may have agreed on, too
+        one.conclude(reason)
         assert len(waited) == times
 
 
@@ -86,7 +86,7 @@ def test_a_stop_file_ends_a_run_at_its_next_step_and_is_taken_away(
     assert trainer.train() is stop.STOP_FILE
     assert [line["step"] for line in runs.log(tmp_path)] == [1] and not (tmp_path / FINISHED).exists()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
-    trainer.requests.conclude()
+    trainer.requests.conclude(stop.STOP_FILE)
     again = Trainer(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 2)), world)
     again.start("auto")
     assert again.train() is stop.FINISHED and (tmp_path / FINISHED).exists()
