@@ -146,6 +146,7 @@ class Deadline:
 
     def __init__(self, config: StopConfig, env: Mapping[str, str]) -> None:
         self._began, self._config, self._env = time.time(), config, env
+        self.end_s = float("inf")
         self.end_s = self._ask()
         # A tenth of a short job is enough: with all of it the run would stop after each step.
         self.margin_s = min(config.margin_s, 0.1 * max(0.0, self.end_s - self._began))
@@ -160,8 +161,8 @@ class Deadline:
     def _ask(self) -> float:
         ends = [self._began + self._config.time_limit_s] if self._config.time_limit_s else []
         if job := self._env.get("SLURM_JOB_ID"):
-            told = end_of_job(job) or float(self._env.get("SLURM_JOB_END_TIME", "inf"))
-            ends.append(told)
+            # Newer versions set the variable; without an answer what was known stands.
+            ends.append(end_of_job(job) or float(self._env.get("SLURM_JOB_END_TIME", self.end_s)))
         return min(ends, default=float("inf"))
 
 

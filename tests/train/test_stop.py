@@ -113,6 +113,8 @@ def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not clock.near()
     now += 1000
     assert clock.near()
+    del ends["1"]  # no answer
+    assert clock.near()
 
 
 def test_what_squeue_says_is_read_as_local_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
