@@ -19,7 +19,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="YAML of what differs from the defaults")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--stop-after-step", type=int, metavar="N", help="write a checkpoint there and stop")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
 
