@@ -1,18 +1,16 @@
 """Pretrain: `deepspeed --num_gpus N launch/pretrain.py --config FILE`, or `python launch/pretrain.py ...` on one rank.
 
-Exit code 0: finished, or stopped where asked; 1: a loss or gradient was not finite; 2: wrong usage, config or data.
+The same under torchrun and srun; launch/README.md has the ways and the exit codes. 0: finished, or stopped where asked;
+75: saved before its end, the same command goes on.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from storm import config
 from storm.commands import INTERRUPTED, explain
-from storm.train.dry_run import dry_run
-from storm.train.preflight import preflight
-from storm.train.trainer import NotFiniteError, RankError, pretrain
+from storm.train import ranks, stop
 
 
 def arguments() -> argparse.Namespace:
@@ -27,32 +25,55 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print layout, sizes and memory, run one made-up batch")
     parser.add_argument("--preflight", action="store_true", help="look at every node and link of the job, and stop")
     parser.add_argument("--ranks", type=int, metavar="N", help="of --dry-run: as if on so many ranks (default: these)")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
+
+
+def tell(error: Exception) -> int:
+    """Say what is wrong in one line; the exit code."""
+    print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr, flush=True)
+    return int(getattr(error, "code", stop.USAGE))
+
+
+def act(args: argparse.Namespace, run: config.RunConfig, place: ranks.Place) -> int:
+    """Train, or look before; the exit code."""
+    from storm.train import dry_run, preflight, trainer
+
+    if args.preflight:
+        return preflight.preflight(run)
+    if not args.dry_run:
+        return trainer.pretrain(run, args.resume, args.stop_after_step, args.allow_change).code
+    if place.rank == 0:
+        print(dry_run.dry_run(run, args.ranks or place.size))
+    return 0
 
 
 def main() -> int:
     """Run it; the exit code."""
     args = arguments()
-    rank = int(os.environ.get("RANK", "0"))
+    stop.listen()
     try:
-        loaded = config.load(config.RunConfig, args.config, args.overrides)
-        if args.dry_run:
-            if rank == 0:
-                print(dry_run(loaded, args.ranks or int(os.environ.get("WORLD_SIZE", "1"))))
-        elif args.preflight:
-            return preflight(loaded)
-        else:
-            pretrain(loaded, args.resume, args.stop_after_step, args.allow_change)
+        place = ranks.current()
+    except ValueError as error:
+        return tell(error)
+    try:
+        run = config.load(config.RunConfig, args.config, args.overrides)
+    except ValueError as error:
+        return stop.USAGE if place.local_rank else tell(error)  # each node says what is wrong there, once
+    # Only now, for it takes seconds, in which a signal must not end the process.
+    from storm.train.trainer import NotFiniteError
+
+    try:
+        return act(args, run, place)
+    except stop.ToldError as error:
+        return error.code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, OSError, NotFiniteError) as error:
-        if rank == 0 or isinstance(error, RankError):  # the others have met the same
-            text = explain(error) if isinstance(error, OSError) else error
-            print(f"error: {text}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, NotFiniteError) else 2
-    return 0
+    except (ValueError, OSError, NotFiniteError, stop.RankLeftError) as error:
+        return tell(error)
+    finally:
+        stop.end_listening()
 
 
 if __name__ == "__main__":

@@ -212,6 +212,17 @@ class CheckpointConfig(Section):
     keep_every: int = Field(default=0, ge=0, description="also keep those at multiples of so many steps; 0: none")
 
 
+class StopConfig(Section):
+    """When a run ends before its schedule, and when a stall is told."""
+
+    time_limit_s: float = Field(default=0.0, ge=0, description="from the start; 0: only as SLURM tells")
+    margin_s: float = Field(
+        default=300.0, ge=0, description="save and end so long before the job's end, a tenth of it at most"
+    )
+    max_restarts: int = Field(default=3, ge=0, description="by a machine, without a new checkpoint")
+    stall_s: float = Field(default=300.0, gt=0, description="tell what a step waits for that takes so long")
+
+
 class RunConfig(Section):
     """One pretraining run."""
 
@@ -227,6 +238,7 @@ class RunConfig(Section):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    stop: StopConfig = StopConfig()
 
     @field_validator("model", mode="before")
     @classmethod

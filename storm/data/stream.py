@@ -7,8 +7,11 @@ load and hold no order of their own, so any number of them gives the same batche
 
 import dataclasses
 import functools
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -201,9 +204,18 @@ class GroupStream:
 
 
 def _quiet_worker(_: int) -> None:
-    """Ctrl-C and a scheduler's signals are for the rank, which ends its workers itself."""
+    """Ctrl-C and a scheduler's signals are for the rank, which ends its workers itself: by TERM, heeded of it alone."""
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    rank = multiprocessing.parent_process()
+    while rank is None or signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank.pid:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 class Batches(Iterator[Batch]):

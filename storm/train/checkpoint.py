@@ -27,7 +27,7 @@ from torch import Tensor
 
 import storm
 from storm import checkpoints, files
-from storm.config import CheckpointConfig
+from storm.config import CheckpointConfig, StopConfig
 from storm.data.order import Position
 from storm.genes import GeneTable
 from storm.presets import ModelConfig
@@ -40,6 +40,7 @@ _FREE = {
     "data.timeout_s", "data.stage_dir", "data.stage_gb", "data.cache_dir", "data.cache_gb", "data.remote_timeout_s",
     "data.remote_retries", "validation.every_steps", "validation.groups",
     *(f"checkpoint.{name}" for name in CheckpointConfig.model_fields),
+    *(f"stop.{name}" for name in StopConfig.model_fields),
 }  # fmt: skip
 _WEIGHTS, _MOMENTS = "model.safetensors", "optimizer_rank{}.safetensors"
 

@@ -1,17 +1,16 @@
 """DeepSpeed, and nothing of it elsewhere: the ranks, the engine around the model, and a few collectives.
 
-In: a model and a RunConfig. Out: forward, backward, the gradient norm, and the optimizer's step over all ranks. The
-ranks are those that the environment tells (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as the `deepspeed`
-launcher sets them); without them the process is one rank alone.
+In: a model and a RunConfig. Out: forward, backward, the gradient norm, and the optimizer's step over all ranks, which
+are those of storm.train.ranks.
 """
 
 import contextlib
 import math
 import os
-import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ import torch.distributed
 from torch import Tensor, nn
 
 from storm.config import RunConfig
+from storm.train import ranks
 from storm.train.optim import parameter_groups
+from storm.train.watch import Progress
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside the number of its steps
 _BUCKET = 50_000_000  # elements; the default of 5e8 takes gigabytes for nothing at these model sizes
@@ -32,6 +33,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    progress: Progress = field(default_factory=Progress, compare=False)
 
 
 def _deepspeed() -> Any:
@@ -48,25 +50,48 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def connect() -> World:
-    """Join the process group."""
+def connect(place: ranks.Place | None = None) -> World:
+    """Join the process group, at the place that the environment tells.
+
+    Raises:
+        ValueError: this rank's GPU is not there.
+    """
+    place = place or ranks.current()
+    if place.rank == 0 and (warning := ranks.unlaunched(os.environ)):
+        print(warning, file=sys.stderr, flush=True)
+    os.environ.update(place.variables())
     deepspeed = _deepspeed()
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(alone)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+        if place.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"{place} is number {place.local_rank} there, and sees {torch.cuda.device_count()} GPUs: start as many "
+                "ranks on a node as it has GPUs, and let each see all of them (--gres=gpu:N, not --gpus-per-task)"
+            )
+        torch.cuda.set_device(place.local_rank)
+        device = torch.device("cuda", place.local_rank)
     else:
         device = torch.device("cpu")
         # A shared-memory all-reduce that DeepSpeed would compile for minutes at the first start; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def refuse_unequal(place: ranks.Place, world: World, precision: str) -> None:
+    """Compare what the ranks are made of; all ranks must call it.
+
+    Raises:
+        ValueError: devices or versions differ, or bf16 is asked for and missing; the hosts are listed.
+    """
+    cuda = world.device.type == "cuda"
+    own = {"device": torch.cuda.get_device_name(world.device) if cuda else "cpu", "torch": torch.__version__}
+    own["bf16"] = "yes" if not cuda or torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    facts = gather((place.host, own))
+    if text := ranks.unequal(facts):
+        raise ValueError(f"the ranks are not alike ({text}); run on nodes of one kind, with one environment")
+    if precision == "bf16" and own["bf16"] == "no":
+        hosts = ", ".join(dict.fromkeys(host for host, _ in facts))
+        raise ValueError(f"engine.precision=bf16, which {own['device']} lacks ({hosts}); use fp32, or other GPUs")
 
 
 def disconnect() -> None:

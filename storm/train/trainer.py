@@ -5,6 +5,8 @@ In: a RunConfig. Out: the run folder,
     config.yaml deepspeed.json    as resolved
     log.jsonl tensorboard/        one record per logged step
     checkpoints/step_0000020/     see storm.checkpoints
+    restarts.json                 how often a machine began it anew without a new checkpoint
+    STOP                          to be made by whoever wants the run to save and end
     FINISHED                      json, written last
 
 Losses are sums divided by counts of the whole global batch, so neither ranks nor micro-batches change them.
@@ -32,12 +34,13 @@ from storm.losses import TERMS
 from storm.model.storm import Storm
 from storm.presets import ModelConfig
 from storm.shards import MANIFEST, ShardSet
-from storm.train import checkpoint, engine
+from storm.train import checkpoint, engine, ranks, stop
 from storm.train.meter import Meter
 from storm.train.metrics import PARTS, RunLog, means, tagged
 from storm.train.optim import learning_rate
 from storm.train.owner import owned
 from storm.train.validate import Validation
+from storm.train.watch import Watch
 
 FINISHED = "FINISHED"
 
@@ -49,33 +52,42 @@ class RankError(ValueError):
 class NotFiniteError(ArithmeticError):
     """A loss or a gradient is NaN or infinite; the optimizer has not moved."""
 
+    code = stop.FAULT
 
 def pretrain(
     config: RunConfig, resume: str = "auto", stop_after_step: int | None = None, allow: Collection[str] = ()
-) -> None:
+) -> stop.Reason:
     """Train a run to its end, or to `stop_after_step`, which leaves a checkpoint and does not bend the schedule.
 
     Args:
         resume: `auto`, `never`, or the path of one of the run's checkpoints.
         allow: keys of the config that may differ from those of the checkpoint.
 
+    Returns:
+        Why it stopped; its `code` is the process's exit code.
+
     Raises:
         ValueError: of config, shards or checkpoint; it names the file, the fact and the cure.
         NotFiniteError: a loss or gradient is not finite.
+        RankLeftError, ToldError: another rank left or failed.
     """
     if stop_after_step is not None and stop_after_step < 1:
         raise ValueError(f"--stop-after-step {stop_after_step}: no step comes before it; give 1 or more")
     run_dir = Path(config.run_dir)
+    place = ranks.current()
     if (run_dir / FINISHED).is_file():
-        if os.environ.get("RANK", "0") == "0":
+        if place.rank == 0:
             print(f"{run_dir}: the run is finished ({FINISHED}); to train anew choose another run_dir")
-        return
-    world = engine.connect()
+        return stop.FINISHED
+    world = engine.connect(place)
     try:
-        with owned(run_dir, world):
+        with Watch(place, world.progress, config.stop.stall_s), owned(run_dir, world):
+            engine.refuse_unequal(place, world, config.engine.precision)
             trainer = Trainer(config, world)
             trainer.start(resume, allow)
-            trainer.train(stop_after_step)
+            reason = trainer.train(stop_after_step)
+            trainer.requests.conclude(reason)
+            return reason
     finally:
         engine.disconnect()
 
@@ -125,6 +137,7 @@ class Trainer:
             raise ValueError(f"{shards.name}: the gene table has no column `share`; pack again")
         self.config = config.model_copy(update={"model": fit_model(config.model, shards)})
         self.world, self.run_dir, self.step = world, Path(config.run_dir), 0
+        self.requests = stop.Requests(self.run_dir, world.rank, config.stop)
         data, model = self.config.data, self.config.model
         spec = BatchSpec(model.tile_px, len(shards.genes), shards.panels, model.organs, share)
         self.stream = GroupStream(
@@ -156,35 +169,41 @@ class Trainer:
             checkpoint.sweep(self.run_dir)
             if found and (gone := checkpoint.discard_after(self.run_dir, self.step)):
                 print(f"{self.run_dir}: removed the later checkpoints {', '.join(gone)}", flush=True)
+            stop.count_restart(self.run_dir, self.step, self.config.stop.max_restarts, os.environ)
             files.write_bytes(self.run_dir / "config.yaml", self.contents.config.encode())
             files.write_json(self.run_dir / "deepspeed.json", engine.settings(self.config, self.stream.accumulation))
         engine.barrier()
 
-    def train(self, stop_after_step: int | None = None) -> None:
-        """The steps up to the end of the schedule, or to `stop_after_step`."""
+    def train(self, stop_after_step: int | None = None) -> stop.Reason:
+        """The steps up to the end of the schedule, to `stop_after_step`, or to a request; the reason of the end."""
         steps = self.config.optim.steps
         last = steps if stop_after_step is None else min(steps, stop_after_step)
         log = RunLog(self.run_dir, self.step) if self.world.rank == 0 else None
         pin = self.world.device.type == "cuda"
-        source = batches(self.stream, self.step, last, self.config.data.workers, pin)
-        while self.step < last:
+        with stop.deferred():
+            source = batches(self.stream, self.step, last, self.config.data.workers, pin)
+        while self.step < last and not self.requests.agreed:
             record = self._train_step(source)
+            ends = self.step == last or self.requests.agreed is not None
             watched = self._validates()
             if watched:
                 record |= watched.run(self.engine)
-            if watched or self.step % self.config.log_every == 0 or self.step == last:
+            if watched or self.step % self.config.log_every == 0 or ends:
                 record |= self.meter.read() | {"perf/checkpoint_s": self.checkpoint_s}
                 self.checkpoint_s = 0.0
                 if log:
                     log.write(record)
-            if self.schedule.due(self.step) or self.step == last:
+            if ends or self.schedule.due(self.step):
                 self._save()
         if log:
             log.close()
+        reason = stop.FINISHED if self.step == steps else self.requests.agreed or stop.AFTER_STEP
         if self.world.rank == 0 and self.step == steps:
             files.write_json(self.run_dir / FINISHED, {"step": self.step, "code_version": checkpoints.code_version()})
         if self.world.rank == 0:
-            print(f"{self.run_dir}: step {self.step} of {steps}", flush=True)
+            why = f", stopped by {reason.name}" if reason is self.requests.agreed else ""
+            print(f"{self.run_dir}: step {self.step} of {steps}{why}", flush=True)
+        return reason
 
     def _validates(self) -> Validation | None:
         """The validation, where the step that is over calls for one."""
@@ -204,6 +223,7 @@ class Trainer:
         self.engine.step(rate)
         self._count(micro)
         self.step += 1
+        self.world.progress.step, self.world.progress.waits_for = self.step, "its own step"
         self.meter.end()
         return {
             "step": self.step, **tagged("train/loss", loss, parts), "optim/lr": rate, "optim/grad_norm": norm,
@@ -220,7 +240,8 @@ class Trainer:
     def take(self, source: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of this rank's next step."""
         try:
-            return list(itertools.islice(source, self.stream.accumulation))
+            with self.world.progress.waiting("its loader"):
+                return list(itertools.islice(source, self.stream.accumulation))
         except ValueError as error:
             # A loader process hands its error over as a traceback in text; the last line is the error itself.
             fact = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
@@ -255,15 +276,24 @@ class Trainer:
         return float(getattr(self.config.loss, term))
 
     def _counts(self, micro: list[Batch]) -> dict[str, Tensor]:
-        """Each term's count over all micro-batches and ranks; left on the device, so that nothing waits for it."""
-        own = [torch.stack(list(losses.counts(batch).values())) for batch in micro]
-        total = engine.sum_over_ranks(torch.stack(own).sum(0).to(self.world.device))
-        return dict(zip(TERMS, total, strict=True))
+        """Each term's count over all micro-batches and ranks; left on the device, so that nothing waits for it.
+
+        What asks the ranks to stop goes into the same sum, and is read with the losses: it costs no other wait.
+        """
+        own = torch.stack([torch.stack(list(losses.counts(batch).values())) for batch in micro]).sum(0)
+        votes = torch.tensor(self.requests.votes(), dtype=own.dtype)
+        with self.world.progress.waiting("the other ranks"):
+            total = engine.sum_over_ranks(torch.cat([own, votes]).to(self.world.device))
+        self._votes = total[len(TERMS) :]
+        return dict(zip(TERMS, total, strict=False))
 
     def _means(self, sums: dict[str, Tensor], counts: dict[str, Tensor]) -> tuple[float, dict[str, float | None]]:
         """Loss over all ranks, from this rank's sums, and its parts; None where nothing was asked."""
-        summed = engine.sum_over_ranks(torch.stack(list(sums.values())))
-        values = torch.cat([summed, torch.stack([counts[name] for name in TERMS])]).tolist()
+        with self.world.progress.waiting("the other ranks"):
+            summed = engine.sum_over_ranks(torch.stack(list(sums.values())))
+            read = torch.cat([summed, torch.stack([counts[name] for name in TERMS]), self._votes]).tolist()
+        values, votes = read[: -len(self._votes)], read[-len(self._votes) :]
+        self.requests.decide(votes)
         names = [*sums, *(f"count_{name}" for name in TERMS)]
         found = dict(zip(names, values, strict=True))
         return means(found, {part: found[f"count_{part}"] for part in PARTS}, self.config.loss)
@@ -306,6 +336,7 @@ class Trainer:
     def _save(self) -> None:
         began = time.perf_counter()
         position, keep = self.stream.position(self.step), self.config.checkpoint
-        checkpoint.save(self.run_dir, self.step, position, self.contents, self.engine, self.world, keep)
+        with self.world.progress.waiting("a checkpoint"):
+            checkpoint.save(self.run_dir, self.step, position, self.contents, self.engine, self.world, keep)
         self.schedule.saved()
         self.checkpoint_s += time.perf_counter() - began

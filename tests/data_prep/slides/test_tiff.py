@@ -102,7 +102,8 @@ def test_each_segment_is_decoded_once(tmp_path: Path, monkeypatch: pytest.Monkey
         for col in range(grid.cols):
             slide.read(*grid.box(row, col), 50)
     assert len(seen) == 64
-    assert isinstance(slide, TiffSlide) and not slide._cache._segments, "what was copied whole gives its memory back"
+    assert isinstance(slide, tiff.TiffSlide)
+    assert not slide._cache._segments, "what was copied whole gives its memory back"
 
 
 def test_the_cache_is_bounded_and_its_memory_is_used_again(tmp_path: Path) -> None:
