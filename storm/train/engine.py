@@ -18,6 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from storm.config import RunConfig
+from storm.model.layers import Block
 from storm.train.optim import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside the number of its steps
@@ -155,6 +156,10 @@ class Engine:
     def __init__(self, model: nn.Module, config: RunConfig, accumulation: int, world: World) -> None:
         self.world, self.accumulation = world, accumulation
         self.model = model.to(world.device)
+        if config.engine.compile:
+            # The blocks alone: they hold the work and are of few shapes; the whole model would be compiled for minutes.
+            for block in (module for module in self.model.modules() if isinstance(module, Block)):
+                block.compile(dynamic=True)
         module = _Autocast(self.model, config.engine.precision == "bf16", world.device)
         betas = (config.optim.betas[0], config.optim.betas[1])
         self._optimizer = torch.optim.AdamW(
@@ -168,8 +173,6 @@ class Engine:
         )
         self._engine.train()
         self._make_moments()
-        if config.engine.compile:
-            self._engine.compile()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's outputs for a batch on this rank's device."""
