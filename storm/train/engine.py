@@ -228,7 +228,7 @@ class Engine:
         """The model's state in fp32 on the CPU, on rank 0; empty elsewhere. All ranks must call it."""
         found = {}
         for name, parameter in self.model.named_parameters():
-            with self._whole(parameter):
+            with self._whole(parameter, writer=None):
                 if self.world.rank == 0:
                     found[name] = parameter.detach().float().cpu().clone()
         return found
@@ -251,17 +251,17 @@ class Engine:
                     found[f"{moment}/{name}"] = whole.detach().cpu().clone()
         return found
 
-    def _whole(self, parameter: nn.Parameter) -> Any:
-        """A context in which a parameter is whole on every rank, and takes what rank 0 wrote into it."""
+    def _whole(self, parameter: nn.Parameter, writer: int | None) -> Any:
+        """A context in which a parameter is whole on every rank; after it, all have what rank `writer` left in it."""
         if self.stage == 3:
-            return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+            return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=writer)
         return torch.no_grad()
 
     @torch.no_grad()
     def set_weights(self, read: Callable[[str], Tensor]) -> None:
         """Take each parameter from `read(name)`; all ranks must call it."""
         for name, parameter in self.model.named_parameters():
-            with self._whole(parameter):
+            with self._whole(parameter, writer=0):
                 if self.stage < 3 or self.world.rank == 0:
                     parameter.copy_(read(name))
         if self.stage:

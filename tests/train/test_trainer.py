@@ -131,6 +131,7 @@ def test_a_killed_runs_temporary_folders_are_swept(stopped: Path, tiny_shards: P
     kept = {path.name for path in (stopped / "checkpoints").iterdir()}
     for name in (".step_0000002.0123456789ab.tmp", ".step_0000001.0123456789ab.old"):
         (stopped / "checkpoints" / name).mkdir(parents=True)
+    (stopped / "checkpoints" / "step_0000000").mkdir()  # of which retention had removed the marker
     train(tiny_shards, stopped, world, stop=1)
     assert {path.name for path in (stopped / "checkpoints").iterdir()} == kept
 
