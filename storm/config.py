@@ -7,10 +7,10 @@ In: a YAML file that holds only what differs from the defaults below, and `key.s
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from storm.presets import ModelConfig, nearest, resolve_model
 
@@ -187,7 +187,13 @@ class EngineConfig(Section):
     zero_stage: int = Field(default=1, ge=0, le=3, description="what DeepSpeed divides among the ranks")
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
-    compile: bool = Field(default=False, description="torch.compile")
+    compile: bool = Field(default=False, description="torch.compile of each transformer block; not with ZeRO 3")
+
+    @model_validator(mode="after")
+    def _no_compiled_gathering(self) -> Self:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile=true: ZeRO 3 gathers weights in hooks that break every graph; use zero_stage 0-2")
+        return self
 
 
 class DeepSpeedConfig(Section):

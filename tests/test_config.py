@@ -68,3 +68,10 @@ def test_shipped_prep_configs_load_and_hold_only_what_differs() -> None:
     text = (CONFIGS / "prep_tiny.yaml").read_text()
     keys = [line.split(":")[0] for line in text.splitlines() if line and not line.startswith("#")]
     assert all(tiny.model_dump()[key] != default[key] for key in keys)
+
+
+def test_compilation_is_refused_with_zero_3() -> None:
+    words = ["run_dir=x", "data.shards=y", "engine.compile=true"]
+    assert config.load(RunConfig, None, words).engine.compile
+    with pytest.raises(ValueError, match=r"engine.*compile=true: ZeRO 3 gathers weights in hooks.*use zero_stage 0-2"):
+        config.load(RunConfig, None, [*words, "engine.zero_stage=3"])

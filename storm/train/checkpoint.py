@@ -143,7 +143,13 @@ def _retain(run_dir: Path, keep: CheckpointConfig) -> None:
     """Remove the complete checkpoints but the last ones and those at multiples of `keep_every`."""
     for old in checkpoints.complete(run_dir)[: -keep.keep_last]:
         if not keep.keep_every or checkpoints.step_of(old) % keep.keep_every:
-            shutil.rmtree(old)
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, marker first: what a kill leaves of it does not count, and `sweep` takes it away."""
+    (path / checkpoints.MARKER).unlink()
+    shutil.rmtree(path)
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
@@ -266,9 +272,10 @@ def _reader(path: Path) -> Callable[[str], Tensor]:
 
 
 def sweep(run_dir: Path) -> None:
-    """Remove what a killed run was writing: temporary folders of checkpoints. One rank calls it, before any saves."""
-    for suffix in ("tmp", "old"):
-        for path in (run_dir / checkpoints.FOLDER).glob(f".step_*.{suffix}"):
+    """Remove what a killed run was writing or removing: temporary folders of checkpoints, and those without a marker.
+    One rank calls it, before any saves."""
+    for path in [*(run_dir / checkpoints.FOLDER).glob(".step_*"), *(run_dir / checkpoints.FOLDER).glob("step_*")]:
+        if path.name.startswith(".") or not (path / checkpoints.MARKER).is_file():
             shutil.rmtree(path)
 
 
@@ -277,9 +284,8 @@ def discard_after(run_dir: Path, step: int) -> list[str]:
     which `auto` would go on, and for which retention would drop the new ones. One rank calls it, when all have loaded.
     """
     newer = [path for path in checkpoints.complete(run_dir) if checkpoints.step_of(path) > step]
-    for other in reversed(newer):  # newest first and marker first: what a kill leaves is still a history
-        (other / checkpoints.MARKER).unlink()
-        shutil.rmtree(other)
+    for other in reversed(newer):  # newest first: what a kill leaves is still a history
+        _remove(other)
     return [other.name for other in newer]
 
 

@@ -18,6 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from storm.config import RunConfig
+from storm.model.layers import Block
 from storm.train import ranks
 from storm.train.optim import parameter_groups
 from storm.train.watch import Progress
@@ -194,6 +195,10 @@ class Engine:
     def __init__(self, model: nn.Module, config: RunConfig, accumulation: int, world: World) -> None:
         self.world, self.accumulation = world, accumulation
         self.model = model.to(world.device)
+        if config.engine.compile:
+            # The blocks alone: they hold the work and are of few shapes; the whole model would be compiled for minutes.
+            for block in (module for module in self.model.modules() if isinstance(module, Block)):
+                block.compile(dynamic=True)
         module = _Autocast(self.model, config.engine.precision == "bf16", world.device)
         betas = (config.optim.betas[0], config.optim.betas[1])
         self._optimizer = torch.optim.AdamW(
@@ -207,8 +212,6 @@ class Engine:
         )
         self._engine.train()
         self._make_moments()
-        if config.engine.compile:
-            self._engine.compile()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's outputs for a batch on this rank's device."""
@@ -274,7 +277,7 @@ class Engine:
         """The model's state in fp32 on the CPU, on rank 0; empty elsewhere. All ranks must call it."""
         found = {}
         for name, parameter in self.model.named_parameters():
-            with self._whole(parameter):
+            with self._whole(parameter, writer=None):
                 if self.world.rank == 0:
                     found[name] = parameter.detach().float().cpu().clone()
         return found
@@ -297,17 +300,17 @@ class Engine:
                     found[f"{moment}/{name}"] = whole.detach().cpu().clone()
         return found
 
-    def _whole(self, parameter: nn.Parameter) -> Any:
-        """A context in which a parameter is whole on every rank, and takes what rank 0 wrote into it."""
+    def _whole(self, parameter: nn.Parameter, writer: int | None) -> Any:
+        """A context in which a parameter is whole on every rank; after it, all have what rank `writer` left in it."""
         if self.stage == 3:
-            return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+            return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=writer)
         return torch.no_grad()
 
     @torch.no_grad()
     def set_weights(self, read: Callable[[str], Tensor]) -> None:
         """Take each parameter from `read(name)`; all ranks must call it."""
         for name, parameter in self.model.named_parameters():
-            with self._whole(parameter):
+            with self._whole(parameter, writer=0):
                 if self.stage < 3 or self.world.rank == 0:
                     parameter.copy_(read(name))
         if self.stage:

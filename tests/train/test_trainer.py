@@ -14,6 +14,7 @@ from torch import Tensor
 from storm import checkpoints, losses
 from storm.config import CheckpointConfig, RunConfig, dump, load
 from storm.genes import GeneTable
+from storm.model.layers import Block
 from storm.model.storm import Storm
 from storm.presets import resolve_model
 from storm.shards import ShardSet
@@ -131,6 +132,7 @@ def test_a_killed_runs_temporary_folders_are_swept(stopped: Path, tiny_shards: P
     kept = {path.name for path in (stopped / "checkpoints").iterdir()}
     for name in (".step_0000002.0123456789ab.tmp", ".step_0000001.0123456789ab.old"):
         (stopped / "checkpoints" / name).mkdir(parents=True)
+    (stopped / "checkpoints" / "step_0000000").mkdir()  # of which retention had removed the marker
     train(tiny_shards, stopped, world, stop=1)
     assert {path.name for path in (stopped / "checkpoints").iterdir()} == kept
 
@@ -334,14 +336,28 @@ def test_a_gradient_that_is_not_finite_stops_too(
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.engine.weights().items())
 
 
-def test_bf16_and_stage_0_train(tiny_shards: Path, world: engine.World, tmp_path: Path) -> None:
-    full = runs.first_step(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 4)), world)
-    zero = runs.first_step(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 4, "engine.zero_stage=0")), world)
-    assert float(zero["norm"]) == pytest.approx(float(full["norm"]), rel=1e-6)
-    words = runs.words(tiny_shards, tmp_path, 4, "engine.precision=bf16")
-    half = runs.first_step(load(RunConfig, None, words), world)
-    for name in ("loss", "norm"):
-        assert half[name] != full[name] and half[name] == pytest.approx(full[name], rel=2e-2)
+def test_stages_activation_checkpointing_and_bf16(tiny_shards: Path, world: engine.World, tmp_path: Path) -> None:
+    def first(*more: str) -> dict[str, np.ndarray]:
+        return runs.first_step(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 4, *more)), world)
+
+    full = first()
+    agree(full, first("engine.zero_stage=0"))
+    agree(full, first("engine.zero_stage=3", runs.DIVIDED, "engine.activation_checkpointing=true"))
+    for stage in (1, 3):
+        half = first("engine.precision=bf16", f"engine.zero_stage={stage}", runs.DIVIDED)
+        for name in ("loss", "norm"):
+            assert half[name] != full[name] and half[name] == pytest.approx(full[name], rel=2e-2)
+
+
+def test_compilation_is_of_the_blocks(tiny_shards: Path, world: engine.World, tmp_path: Path) -> None:
+    """The compiler itself takes a minute here: it is told to run what it is given as it stands."""
+    config = load(RunConfig, None, runs.words(tiny_shards, tmp_path, 4))
+    plain, compiled = config, config.model_copy(update={"engine": config.engine.model_copy(update={"compile": True})})
+    trainer = Trainer(compiled, world)
+    found = {type(module) for module in trainer.engine.model.modules() if module._compiled_call_impl is not None}
+    assert found == {Block}
+    with torch.compiler.set_stance("force_eager"):
+        agree(runs.first_step(plain, world), runs.first_step(compiled, world))
 
 
 def test_accumulation_changes_neither_losses_nor_gradients(
