@@ -36,6 +36,7 @@ TAGS = {
     "perf/tiles_per_s": "encoded tiles per second",
     "perf/mfu": "FLOPs of the model (padding and recomputation left out) / peak of all devices",
     "perf/step_s": "seconds per step",
+    "perf/checkpoint_s": "seconds spent on saving, which are no part of perf/step_s",
     "perf/data_wait": "share of the step that a rank waits for data: mean of ranks",
     "perf/data_wait_worst": "the same of the rank that waits longest",
     "perf/rank_skew": "share of the step by which the slowest rank comes later to its last backward than the mean rank",

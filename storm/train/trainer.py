@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ class Trainer:
         self.engine = engine.Engine(network, self.config, self.stream.accumulation, world)
         platforms = {slide: str(entry["platform"]) for slide, entry in shards.manifest["slides"].items()}
         self.meter = Meter(model, platforms, world)
+        self.checkpoint_s = 0.0  # spent on saving since the last record of the log
         self.validation = Validation(shards, spec, self.config, world) if self.config.validation.every_steps else None
         self.contents = checkpoint.Contents(
             dump(self.config), model, shards.genes, reference(shards, data.split, config.seed)
@@ -169,7 +171,8 @@ class Trainer:
             if watched:
                 record |= watched.run(self.engine)
             if watched or self.step % self.config.log_every == 0 or self.step == last:
-                record |= self.meter.read()
+                record |= self.meter.read() | {"perf/checkpoint_s": self.checkpoint_s}
+                self.checkpoint_s = 0.0
                 if log:
                     log.write(record)
             if self.step % every == 0 or self.step == last:
@@ -283,6 +286,8 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        began = time.perf_counter()
         position = self.stream.position(self.step)
         keep = self.config.checkpoint.keep_last
         checkpoint.save(self.run_dir, self.step, position, self.contents, self.engine, self.world, keep)
+        self.checkpoint_s += time.perf_counter() - began

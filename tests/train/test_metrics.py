@@ -18,7 +18,7 @@ MODES = ["image_only", "in_context", "gene_level", "gene_only"]
 FROZEN = [
     *(f"train/{name}" for name in LOSSES), *(f"train/loss/expr_{mode}" for mode in MODES),
     "val/loss", "val/expr", "val/depth", "val/image", *(f"val/expr_{mode}" for mode in MODES), "val/pearson",
-    "perf/profiles_per_s", "perf/tiles_per_s", "perf/mfu", "perf/step_s",
+    "perf/profiles_per_s", "perf/tiles_per_s", "perf/mfu", "perf/step_s", "perf/checkpoint_s",
     "perf/data_wait", "perf/data_wait_worst", "perf/rank_skew",
     "mem/device_peak_bytes", "mem/host_resident_bytes", "optim/lr", "optim/grad_norm",
     "data/unknown", "data/st", "data/visium", "data/visium_hd", "data/xenium", "data/cosmx",
