@@ -10,9 +10,8 @@ ranks; a rank without one runs another's and counts nothing, so that all run as 
 moves: neither weights, nor the stream, nor torch's generators.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,7 +19,6 @@ from storm import losses
 from storm.config import RunConfig
 from storm.data.batch import BatchSpec, collate, loss_genes, top_genes
 from storm.data.view import draw_view, plain_view
-from storm.schema import Group
 from storm.shards import ShardSet
 from storm.train import engine
 from storm.train.engine import Engine, World
@@ -37,29 +35,6 @@ def _rng(seed: int, purpose: int, index: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index], spawn_key=(purpose,))))
 
 
-class Groups:
-    """The groups of the split, by number."""
-
-    def __init__(self, shards: ShardSet) -> None:
-        if not shards.manifest["splits"].get(SPLIT, {}).get("groups"):
-            raise ValueError(
-                f"{shards.folder}: has no group of split {SPLIT!r} to validate on; name donors in the manifest's "
-                "column split (or give val_share) and pack again, or set validation.every_steps=0"
-            )
-        self._shards, self._index = shards, shards.index(SPLIT)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def key(self, number: int) -> str:
-        """The key of a group in its shards."""
-        return self._index.keys[number]
-
-    def read(self, numbers: Sequence[int]) -> list[Group]:
-        """Groups, verified."""
-        return [self._shards.read(SPLIT, self._index, number) for number in numbers]
-
-
 class Validation:
     """The groups that are looked at, and this rank's share of them.
 
@@ -68,57 +43,64 @@ class Validation:
     """
 
     def __init__(self, shards: ShardSet, spec: BatchSpec, config: RunConfig, world: World) -> None:
-        self._spec, self._config, self._world, self._groups = spec, config, world, Groups(shards)
-        chosen = min(config.validation.groups, len(self._groups))
-        self._numbers = [i * len(self._groups) // chosen for i in range(chosen)]
-        self._slides = sorted({self._slide(number) for number in self._numbers})
+        if not shards.manifest["splits"].get(SPLIT, {}).get("groups"):
+            raise ValueError(
+                f"{shards.folder}: has no group of split {SPLIT!r} to validate on; name donors in the manifest's "
+                "column split (or give val_share) and pack again, or set validation.every_steps=0"
+            )
+        self._shards, self._spec, self._config, self._world = shards, spec, config, world
+        self._index = shards.index(SPLIT)
+        chosen = min(config.validation.groups, len(self._index))
+        self._groups = np.arange(chosen) * len(self._index) // chosen
+        self._slides = sorted({self._slide(int(group)) for group in self._groups})
         self._genes = loss_genes(spec, config.mask.loss_genes, _rng(config.seed, _GENES))
         self._shown = np.flatnonzero(np.isin(self._genes, top_genes(spec, 4 * GENES)))
 
-    def _slide(self, number: int) -> str:
-        return self._groups.key(number).rpartition("_")[0]
+    def _slide(self, group: int) -> str:
+        return self._index.keys[group].rpartition("_")[0]
 
     def run(self, training: Engine) -> dict[str, float | None]:
         """The metrics by tag, on every rank; all ranks must call it."""
         micro = self._config.data.micro_batch_size
-        batches = [self._numbers[i : i + micro] for i in range(0, len(self._numbers), micro)]
+        batches = [self._groups[i : i + micro] for i in range(0, len(self._groups), micro)]
         sums = {name: torch.zeros((), dtype=torch.float64, device=self._world.device) for name in _sum_names()}
         moments = torch.zeros(len(self._slides), 6, len(self._shown), dtype=torch.float64, device=self._world.device)
         with training.evaluating():
             for first in range(0, len(batches), self._world.size):
                 mine = first + self._world.rank
-                numbers = batches[min(mine, len(batches) - 1)]
-                groups = self._groups.read(numbers)
-                found = self._losses(training, numbers, groups)
-                rows, values = self._correlated(training, numbers, groups)
+                groups = batches[min(mine, len(batches) - 1)]
+                found = self._losses(training, groups)
+                rows, values = self._correlated(training, groups)
                 if mine < len(batches):
                     sums = {name: total + found[name] for name, total in sums.items()}
                     moments.index_add_(0, rows, values)
         return self._metrics(sums, moments)
 
-    def _losses(self, training: Engine, numbers: list[int], groups: list[Group]) -> dict[str, Tensor]:
+    def _losses(self, training: Engine, groups: npt.NDArray[np.int64]) -> dict[str, Tensor]:
         """Sums and counts of the loss and its parts, of groups as they are shown in training."""
+        read = [self._shards.read(SPLIT, self._index, int(group)) for group in groups]
         views = [
-            draw_view(group, self._config.mask, _rng(self._config.seed, _VIEW, number), self._spec.panel(group))
-            for number, group in zip(numbers, groups, strict=True)
+            draw_view(group, self._config.mask, _rng(self._config.seed, _VIEW, int(i)), self._spec.panel(group))
+            for i, group in zip(groups, read, strict=True)
         ]
-        batch = self._moved(collate(groups, views, self._spec, self._genes))
+        batch = self._moved(collate(read, views, self._spec, self._genes))
         outputs = training.forward(batch)
         found = losses.terms(outputs, batch)
         found |= {f"expr_{mode}": term for mode, term in losses.expr_by_mode(outputs, batch).items()}
         return {part: found[part][0] for part in PARTS} | {f"count_{part}": found[part][1] for part in PARTS}
 
-    def _correlated(self, training: Engine, numbers: list[int], groups: list[Group]) -> tuple[Tensor, Tensor]:
+    def _correlated(self, training: Engine, groups: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """(slide of each region [R], sums over its profiles [R, 6, K] of 1, x, y, x2, y2, xy) from H&E alone."""
-        views = [plain_view(group, use_counts=False) for group in groups]
-        batch = self._moved(collate(groups, views, self._spec, self._genes))
+        read = [self._shards.read(SPLIT, self._index, int(group)) for group in groups]
+        views = [plain_view(group, use_counts=False) for group in read]
+        batch = self._moved(collate(read, views, self._spec, self._genes))
         shown = torch.from_numpy(self._shown).to(self._world.device)
         composition_RNK = training.forward(batch)["log_composition"][..., shown].double().exp()
         share_RNK = batch["target_count"][..., shown].double() / batch["target_log_depth"][..., None].double().exp()
         x_RNK, y_RNK = torch.log1p(_SCALE * composition_RNK), torch.log1p(_SCALE * share_RNK)
         mask_RNK = batch["target_mask"][..., shown]
         terms = (torch.ones_like(x_RNK), x_RNK, y_RNK, x_RNK**2, y_RNK**2, x_RNK * y_RNK)
-        slide = [self._slides.index(self._slide(number)) for number in numbers]
+        slide = [self._slides.index(self._slide(int(group))) for group in groups]
         rows_R = torch.tensor(slide, device=self._world.device)[batch["region_group"]]
         return rows_R, torch.stack([(term * mask_RNK).sum(1) for term in terms], dim=1)
 
