@@ -107,6 +107,18 @@ def test_the_meter_counts_what_the_samples_hold(world: engine.World) -> None:
     assert math.isfinite(found["perf/mfu"] or math.nan) and 0 < (found["mem/host_resident_bytes"] or 0) < 1e11
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362),
+        ("NVIDIA GH200 480GB", 989), ("Tesla V100-SXM2-32GB", None), ("NVIDIA A10G", None),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_known_device(name: str, tflops: int | None) -> None:
+    found = meter.known_peak(name)
+    assert found == (None if tflops is None else tflops * 1e12)
+
+
 def test_the_peak_of_a_cpu_is_measured() -> None:
     assert 1e9 < meter.peak_flops(torch.device("cpu")) < 1e14
 
