@@ -18,9 +18,10 @@ from storm.schema import PLATFORMS
 from storm.train import engine
 from storm.train.engine import World
 
-# Dense bf16 peak of devices, FLOP/s, by a word of their name; vendors' data sheets.
+# Dense bf16 peak of devices, FLOP/s, by words of their name, the more exact ones first; vendors' data sheets.
 PEAKS = {
-    "H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A40": 150e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12,
 }  # fmt: skip
 _GEMM, _TRIES = 1024, 8
 _SUMS = ("flops", "profiles", "tiles", *PLATFORMS)
@@ -32,13 +33,17 @@ def peak_flops(device: torch.device) -> float:
 
     The product is measured because a CPU tells no peak, and fp32 because many CPUs have no fast bf16.
     """
-    if device.type == "cuda":
-        words = torch.cuda.get_device_name(device).replace("-", " ").split()
-        if known := [peak for name, peak in PEAKS.items() if name in words]:
-            return known[0]
+    if device.type == "cuda" and (known := known_peak(torch.cuda.get_device_name(device))):
+        return known
     a, b = (torch.ones(_GEMM, _GEMM, device=device) for _ in range(2))
     best_s = min(_seconds(a, b) for _ in range(1 + _TRIES))  # the first one warms up
     return 2 * _GEMM**3 / best_s
+
+
+def known_peak(name: str) -> float | None:
+    """The dense bf16 peak of a device by the name that its driver tells; None where the table lacks it."""
+    words = set(name.replace("-", " ").split())
+    return next((peak for told, peak in PEAKS.items() if words >= set(told.split())), None)
 
 
 def _seconds(a: Tensor, b: Tensor) -> float:

@@ -77,7 +77,8 @@ def _torch() -> tuple[str, bool, str, str]:
         gloo = "gloo" if torch.distributed.is_available() and torch.distributed.is_gloo_available() else "-"
         return "cpu", True, torch.__version__, gloo
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(), torch.__version__, f"nccl {nccl}"
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cuda.get_device_name(), bf16, torch.__version__, f"nccl {nccl}"
 
 
 def _driver() -> str:

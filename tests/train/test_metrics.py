@@ -18,8 +18,8 @@ MODES = ["image_only", "in_context", "gene_level", "gene_only"]
 FROZEN = [
     *(f"train/{name}" for name in LOSSES), *(f"train/loss/expr_{mode}" for mode in MODES),
     "val/loss", "val/expr", "val/depth", "val/image", *(f"val/expr_{mode}" for mode in MODES), "val/pearson",
-    "perf/profiles_per_s", "perf/tiles_per_s", "perf/mfu", "perf/step_s",
-    "perf/data_wait", "perf/data_wait_worst", "perf/rank_skew", "perf/checkpoint_s",
+    "perf/profiles_per_s", "perf/tiles_per_s", "perf/mfu", "perf/step_s", "perf/checkpoint_s",
+    "perf/data_wait", "perf/data_wait_worst", "perf/rank_skew",
     "mem/device_peak_bytes", "mem/host_resident_bytes", "optim/lr", "optim/grad_norm",
     "data/unknown", "data/st", "data/visium", "data/visium_hd", "data/xenium", "data/cosmx",
     "progress/samples", "progress/epoch",
@@ -105,6 +105,18 @@ def test_the_meter_counts_what_the_samples_hold(world: engine.World) -> None:
     step_s = found["perf/step_s"]
     assert step_s and found["perf/tiles_per_s"] == pytest.approx(6 / step_s)
     assert math.isfinite(found["perf/mfu"] or math.nan) and 0 < (found["mem/host_resident_bytes"] or 0) < 1e11
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362),
+        ("NVIDIA GH200 480GB", 989), ("Tesla V100-SXM2-32GB", None), ("NVIDIA A10G", None),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_known_device(name: str, tflops: int | None) -> None:
+    found = meter.known_peak(name)
+    assert found == (None if tflops is None else tflops * 1e12)
 
 
 def test_the_peak_of_a_cpu_is_measured() -> None:

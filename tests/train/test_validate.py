@@ -1,6 +1,8 @@
 """Validation: held-out donors, the same figures for every number of ranks, and a training that does not notice it."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from storm.train.trainer import Trainer
 from storm.train.validate import Validation
 from tests.conftest import PREP_TINY
 from tests.train import runs
+from tests.train.test_ranks import REPO, environment, free_port
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,27 @@ def test_it_is_the_same_for_every_number_of_ranks_and_depends_on_no_step(
         assert torch.allclose(torch.stack(parts).sum(0), one, rtol=1e-12, atol=0)
     run.step = 7
     assert torch.equal(alone(run, world, monkeypatch), one)
+
+
+def test_a_job_of_two_ranks_has_the_figures_of_one(held_out: Path, world: World, tmp_path: Path) -> None:
+    words = runs.words(held_out, tmp_path / "two", 1, "optim.steps=2", "validation.every_steps=1")
+    command = [sys.executable, str(REPO / "launch/pretrain.py"), *words]
+    port, jobs = free_port(), []
+    for rank in ("0", "1"):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        jobs.append(subprocess.Popen(command, cwd=REPO, env=environment() | ranks))
+    one = trainer(held_out, tmp_path / "one", world, "data.micro_batch_size=1", *words[-2:])
+    one.start("never")
+    one.train()
+    try:
+        assert [job.wait(240) for job in jobs] == [0, 0]
+    finally:
+        for job in jobs:
+            job.kill()
+    for mine, other in zip(runs.log(tmp_path / "one"), runs.log(tmp_path / "two"), strict=True):
+        assert mine.keys() == other.keys() and "val/pearson" in mine
+        for tag, value in mine.items():
+            assert other[tag] == (None if value is None else pytest.approx(value, rel=1e-4)), tag
 
 
 def test_the_mean_correlation_is_that_of_the_report() -> None:
