@@ -66,6 +66,10 @@ class Groups:
         part, i = self._at(number)
         return f"{part.reader.path(int(part.index.shard[i]))}: group {part.index.key(i)}"
 
+    def column(self, name: str) -> npt.NDArray[np.int64]:
+        """[n] what the index tells of each group: size, profiles, tiles."""
+        return np.concatenate([getattr(part.index, name) for part in self.parts])
+
     def read(self, numbers: Sequence[int]) -> list[schema.Group]:
         """Groups. Raises DamagedError as `packed`, ValueError where they do not decode."""
         packed = self.packed(numbers)
@@ -86,7 +90,7 @@ class Groups:
 
 
 class Corpus:
-    """Shard sets, open for reading as one. `folder` names them in errors."""
+    """Shard sets, open for reading as one. `name` names them in errors, `folder` holds the first one's manifest."""
 
     def __init__(self, sets: Sequence[ShardSet], names: Sequence[str], split: str, readers: Sequence[Reader]) -> None:
         """Join sets.
@@ -95,7 +99,7 @@ class Corpus:
             ValueError: a set lacks the split, or two of them cannot be one corpus; it names them and the cure.
         """
         check_sets(sets, names)
-        self.sets, self.split, self.folder = list(sets), split, Path(names[0])
+        self.sets, self.split, self.folder = list(sets), split, sets[0].folder
         self.name = ", ".join(names)
         self.genes: GeneTable = sets[0].genes
         self.panels: dict[str, npt.NDArray[np.bool_]] = {k: v for one in sets for k, v in one.panels.items()}

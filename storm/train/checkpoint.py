@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import storm
 from storm import checkpoints, files
-from storm.data.stream import Position
+from storm.data.order import Position
 from storm.genes import GeneTable
 from storm.presets import ModelConfig
 from storm.train import engine

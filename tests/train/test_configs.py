@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from storm.config import RunConfig, load
-from storm.data.stream import accumulation
+from storm.data.order import accumulation
 from storm.presets import resolve_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

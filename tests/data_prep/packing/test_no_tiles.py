@@ -7,12 +7,12 @@ import torch
 
 from data_prep import pack
 from storm import losses
-from storm.config import MASK_MODES, MaskConfig
+from storm.config import MASK_MODES, DataConfig, MaskConfig
 from storm.data.batch import BatchSpec
+from storm.data.corpus import open_corpus
 from storm.data.stream import GroupStream
 from storm.model.storm import Storm
 from storm.presets import ModelConfig
-from storm.shards import ShardSet
 from tests.data_prep.test_pack import CONFIG, info, write_store
 
 
@@ -22,13 +22,14 @@ def test_groups_without_a_tile_are_trained_on(tmp_path: Path, mode: str) -> None
     stores = tmp_path / "stores"
     write_store(stores, info("dark", "d1"), 80, tiles=0)
     pack.pack(stores, tmp_path / "set", CONFIG)
-    opened = ShardSet(tmp_path / "set")
+    data = DataConfig(shards=str(tmp_path / "set"), global_batch_size=2, micro_batch_size=2)
+    opened = open_corpus(data)
     model = ModelConfig(tile_px=CONFIG.tile_px, tile_mpp=CONFIG.tile_mpp, organs=("skin",))
     share = opened.genes.share
     assert share is not None
     spec = BatchSpec(model.tile_px, len(opened.genes), opened.panels, model.organs, share)
     own = {name: float(name == mode) for name in MASK_MODES}
-    found = GroupStream(opened, "train", spec, MaskConfig.model_validate(own), 3, 0, 2, 2)[0]
+    found = GroupStream(opened, spec, MaskConfig.model_validate(own | {"loss_genes": 3}), data, 0)[0]
     assert not found["tile_present"].any()
     assert found["tile_weight"].tolist() == [0.0]
     network = Storm(model, len(opened.genes))
