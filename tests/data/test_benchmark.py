@@ -1,10 +1,13 @@
 """The benchmark of the loader: contenders give the same pixels and counts; measures order what they should."""
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from launch import benchmark as command
 from storm.data import benchmark, benchmark_order
 from storm.data.stream import batches
 
@@ -40,3 +43,23 @@ def test_a_synthetic_index_streams(tmp_path: Path) -> None:
     assert len(next(batches(stream, 6, 7, workers=0))["region_group"]) == 64
     assert sorted(stream.order.epoch(0).tolist()) == list(range(500))
     assert benchmark_order.private_bytes() > 1e6
+
+
+def test_the_command_prints_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(benchmark, "CONTENTS", {"few": (1, 1, 2, 10)})
+    monkeypatch.setattr(benchmark, "GROUPS", {"few": 4})
+    words = [
+        "benchmark",
+        "loader",
+        "--turns",
+        "1",
+        "--scratch",
+        str(tmp_path),
+        "--groups",
+    ]  # no index: it starts processes
+    monkeypatch.setattr(sys, "argv", words)
+    assert command.main() == 0
+    text = capsys.readouterr().out
+    assert [line[4:12] for line in text.splitlines() if line.startswith("###")] == ["few: 1 x", "Shuffles"]
+    rows = {line.split("|")[1].strip(): line.split("|")[2:] for line in text.splitlines() if line.startswith("|")}
+    assert float(rows["storm"][1]) == 1.0 and float(rows["webdataset"][0]) > 0
