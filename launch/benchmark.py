@@ -46,7 +46,7 @@ def scaling(args: argparse.Namespace) -> int:
 def _loader(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     part = commands.add_parser("loader", help="the stream: decoded groups/s, shuffles, resume (about 5 minutes)")
     part.add_argument("--turns", type=int, default=7, help="turns of each loader (default: 7)")
-    part.add_argument("--groups", type=int, nargs="+", default=[19_000, 1_900_000], help="sizes of a synthetic index")
+    part.add_argument("--groups", type=int, nargs="*", default=[19_000, 1_900_000], help="sizes of a synthetic index")
     part.add_argument("--scratch", help="folder for temporary shards (default: that of the system)")
     part.set_defaults(run=loader)
 
@@ -58,7 +58,8 @@ def loader(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         print(benchmark.rate_tables(args.turns, Path(scratch), benchmark.GROUPS), flush=True)
     print(f"\n{benchmark_order.shuffle_table()}\n", flush=True)
-    print(benchmark_order.scale_table(args.groups), flush=True)
+    if args.groups:
+        print(benchmark_order.scale_table(args.groups), flush=True)
     return 0
 
 

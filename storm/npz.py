@@ -23,7 +23,7 @@ def _dtype(name: bytes) -> np.dtype:
     return np.dtype(name.decode())
 
 
-def load_arrays(data: bytes, source: str) -> dict[str, npt.NDArray]:
+def load_arrays(data: bytes | memoryview, source: str) -> dict[str, npt.NDArray]:
     """Name -> array, each its own memory.
 
     Raises:
@@ -36,7 +36,7 @@ def load_arrays(data: bytes, source: str) -> dict[str, npt.NDArray]:
             kind, _, size, _ = _SIZES.unpack_from(data, at + _MEMBER.size + name_length)
             if (flags, method, kind) != (0, _STORED, _ZIP64):
                 raise ValueError("its members are not stored as STORM stores them")
-            name = data[at + _MEMBER.size : at + _MEMBER.size + name_length].decode()
+            name = bytes(data[at + _MEMBER.size : at + _MEMBER.size + name_length]).decode()
             at += _MEMBER.size + name_length + extra_length
             found[name.removesuffix(".npy")] = _array(data, at, size)
             at += size
@@ -47,7 +47,7 @@ def load_arrays(data: bytes, source: str) -> dict[str, npt.NDArray]:
     return found
 
 
-def _array(data: bytes, at: int, size: int) -> npt.NDArray:
+def _array(data: bytes | memoryview, at: int, size: int) -> npt.NDArray:
     """The array of an npy file at a place of the bytes."""
     length = int.from_bytes(data[at + 8 : at + 10], "little")
     told = _HEADER.fullmatch(data, at + 10, at + 10 + length) if data[at : at + 8] == b"\x93NUMPY\1\0" else None

@@ -15,6 +15,7 @@ import json
 import re
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -290,7 +291,7 @@ def encode(group: Group) -> list[tuple[str, bytes]]:
     return [("meta.json", meta), *tiles, ("profiles.npz", save_arrays(arrays))]
 
 
-def decode(members: dict[str, bytes], source: str) -> Group:
+def decode(members: Mapping[str, bytes | memoryview], source: str) -> Group:
     """The group of a sample's members. `source` names it in errors (file and key).
 
     Raises:
@@ -299,7 +300,7 @@ def decode(members: dict[str, bytes], source: str) -> Group:
     missing = {"meta.json", "profiles.npz"} - members.keys()
     if missing:
         raise ValueError(f"{source}: members {sorted(missing)} are missing; rebuild the shard with data_prep.pack")
-    meta = _decode_meta(members["meta.json"], source)
+    meta = _decode_meta(bytes(members["meta.json"]), source)
     arrays = load_arrays(members["profiles.npz"], source)
     profiles = Profiles(
         unpack_text(arrays["ids"]), arrays["xy_um"], arrays["footprint_um"], arrays["footprint_kind"],
@@ -307,7 +308,9 @@ def decode(members: dict[str, bytes], source: str) -> Group:
     )  # fmt: skip
     region = arrays["region"]
     tiles = {
-        (int(m[1]), int(m[2]), int(m[3])): data for name, data in members.items() if (m := _TILE_MEMBER.fullmatch(name))
+        (int(m[1]), int(m[2]), int(m[3])): bytes(data)
+        for name, data in members.items()
+        if (m := _TILE_MEMBER.fullmatch(name))
     }
     return Group(meta, profiles, region, tiles)
 

@@ -109,11 +109,11 @@ def open_stream(folder: Path, batch: int = 8, verify: bool = True) -> GroupStrea
 
 
 def _from_memory(stream: GroupStream) -> Iterator[Decoded]:
-    """What any loader must do: JPEG and profiles, of members that lie in memory."""
+    """What any loader must do: JPEG and profiles, of bytes that lie in memory."""
     groups, px = stream.corpus.groups, stream.loader.spec.tile_px
-    held = [shards.members(data) for data in groups.packed(range(min(len(groups), 20)))]
-    for members in itertools.cycle(held):
-        group = schema.decode(members, "memory")
+    held = groups.packed(range(min(len(groups), 20)))
+    for span in itertools.cycle(held):
+        group = shards.decode_span(span, "memory")
         yield decode_tiles(group, px), group.profiles
 
 
@@ -161,7 +161,7 @@ def _from_litdata(folder: Path, scratch: Path) -> Iterator[Decoded]:
     writer.merge(1)
     while True:
         for sample in litdata.StreamingDataset(str(scratch), shuffle=True):
-            group = schema.decode(shards.members(sample["span"]), "litdata")
+            group = shards.decode_span(sample["span"], "litdata")
             yield decode_tiles(group, _TILE_PX), group.profiles
 
 

@@ -4,6 +4,8 @@ In: `data.shards` and a split. Out: genes, panels and a manifest as of one set, 
 were packed together or appended later hold other slides of the same genes; what they cannot share is refused.
 """
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +49,14 @@ class Groups:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = list(parts)
-        self._ends = np.cumsum([len(part.index) for part in parts])
+        self._ends = list(itertools.accumulate(len(part.index) for part in parts))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def _at(self, number: int) -> tuple[Part, int]:
-        part = int(np.searchsorted(self._ends, number, side="right"))
-        return self.parts[part], number - (int(self._ends[part - 1]) if part else 0)
+        part = bisect.bisect_right(self._ends, number)
+        return self.parts[part], number - (self._ends[part - 1] if part else 0)
 
     def key(self, number: int) -> str:
         """The key of a group in its shards."""
@@ -66,10 +68,19 @@ class Groups:
         part, i = self._at(number)
         return f"{part.reader.path(int(part.index.shard[i]))}: group {part.index.key(i)}"
 
+    def column(self, name: str) -> npt.NDArray[np.int64]:
+        """[n] what the index tells of each group: size, profiles, tiles."""
+        return np.concatenate([getattr(part.index, name) for part in self.parts])
+
     def read(self, numbers: Sequence[int]) -> list[schema.Group]:
         """Groups. Raises DamagedError as `packed`, ValueError where they do not decode."""
-        packed = self.packed(numbers)
-        return [decode_span(data, self.source(number)) for number, data in zip(numbers, packed, strict=True)]
+        return [self._decoded(number, data) for number, data in zip(numbers, self.packed(numbers), strict=True)]
+
+    def _decoded(self, number: int, data: bytes) -> schema.Group:
+        try:
+            return decode_span(data, "")
+        except ValueError:
+            return decode_span(data, self.source(number))  # again, to name it: names take time
 
     def packed(self, numbers: Sequence[int]) -> list[bytes]:
         """The bytes of groups, verified; those of one part are asked for together.
@@ -86,7 +97,7 @@ class Groups:
 
 
 class Corpus:
-    """Shard sets, open for reading as one. `folder` names them in errors."""
+    """Shard sets, open for reading as one. `name` names them in errors, `folder` holds the first one's manifest."""
 
     def __init__(self, sets: Sequence[ShardSet], names: Sequence[str], split: str, readers: Sequence[Reader]) -> None:
         """Join sets.
@@ -95,7 +106,7 @@ class Corpus:
             ValueError: a set lacks the split, or two of them cannot be one corpus; it names them and the cure.
         """
         check_sets(sets, names)
-        self.sets, self.split, self.folder = list(sets), split, Path(names[0])
+        self.sets, self.split, self.folder = list(sets), split, sets[0].folder
         self.name = ", ".join(names)
         self.genes: GeneTable = sets[0].genes
         self.panels: dict[str, npt.NDArray[np.bool_]] = {k: v for one in sets for k, v in one.panels.items()}

@@ -100,6 +100,8 @@ class Server:
         for attempt in range(self.retries + 1):
             try:
                 return ask()
+            except ImportError as error:
+                raise RemoteError(f"{self.url}: {error}; install the extras train and s3 of storm-tissue") from None
             except (FileNotFoundError, PermissionError) as error:
                 raise RemoteError(
                     f"{self.url}/{path}: {type(error).__name__}; restore it, or see to its access"

@@ -5,6 +5,7 @@ import http.server
 import multiprocessing
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -180,6 +181,12 @@ def test_s3_asks_for_ranges_too(shards: Path, shelf: Shelf, monkeypatch: pytest.
     tar = (shards / "train" / "000000.tar").read_bytes()
     assert server.ranges([("train/000000.tar", 512, 1024), ("train/000000.tar", 0, 10)]) == [tar[512:1024], tar[:10]]
     assert server.file(MANIFEST) == (shards / MANIFEST).read_bytes()
+
+
+def test_a_missing_library_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(RemoteError, match=r"s3://none: .*install the extras train and s3"):
+        Server("s3://none", 1.0, 0).file(MANIFEST)
 
 
 def of(number: int) -> tuple[bytes, bytes]:
