@@ -32,7 +32,7 @@ import numpy as np
 import simplejpeg
 import tifffile
 
-from data_prep import benchmark_builds, benchmark_packing, one_slide, slides, tissue
+from data_prep import benchmark_builds, benchmark_packing, build, one_slide, slides, tissue
 from data_prep.slides import segments
 from data_prep.slides.reference import ReferenceSlide
 from data_prep.slides.tiff import TiffSlide
@@ -262,8 +262,7 @@ def _walk(case: Case, blocks: int) -> None:
 def _measured(case: Case, blocks: int, sender: Connection) -> None:
     start = time.perf_counter()
     _walk(case, blocks)
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
-    sender.send((int(line.split()[1]) * 1024, time.perf_counter() - start))
+    sender.send((build.peak_mb() * 1e6, time.perf_counter() - start))
 
 
 def peak_memory(case: Case, blocks: int = 3) -> tuple[float, float]:

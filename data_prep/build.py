@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 import os
-import resource
 import sys
 import time
 import traceback
@@ -47,8 +46,14 @@ def _made(row: ManifestRow, folder: Path, config: PrepConfig, scratch: Path | No
     return Record(
         row.slide_id, "built", fingerprint=mark, inputs=found, bytes=path.stat().st_size,
         sha256=files.sha256_file(path), seconds=round(time.perf_counter() - start, 3),
-        peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1), cost=_cost(path),
+        peak_mb=peak_mb(), cost=_cost(path),
     ), True  # fmt: skip
+
+
+def peak_mb() -> float:
+    """Highest resident memory of this process. getrusage would also tell that of the one it was started from."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return round(int(line.split()[1]) * 1024 / 1e6, 1)
 
 
 def _opens(folder: Path, record: Record) -> bool:

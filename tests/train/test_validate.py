@@ -18,7 +18,7 @@ from storm.train.trainer import Trainer
 from storm.train.validate import Validation
 from tests.conftest import PREP_TINY
 from tests.train import runs
-from tests.train.test_ranks import REPO, environment, free_port
+from tests.train.jobs import REPO, environment, free_port
 
 
 @pytest.fixture(scope="module")
