@@ -41,7 +41,7 @@ class Assumptions:
     latency_s: float = 30e-6
     decoded_per_core: float = 3600
     host_step_s: float = 4e-3
-    host_micro_s: float = 10e-3
+    host_micro_s: float = 12e-3
     corpus_profiles: float = 1.2e6
     told: str = "assumed: Visium, two regions of 5 x 5 tiles; 20 kB a JPEG, 3,000 genes x 8 bytes a profile"
 
@@ -60,7 +60,7 @@ class Assumptions:
             ("decoding", f"{self.decoded_per_core:,.0f} tiles per second and core (measured, simplejpeg)"),
             ("host", f"{self.host_step_s * 1e3:.0f} ms per step, {self.host_micro_s * 1e3:.0f} ms per micro-batch, not "
              "overlapped (measured on a CPU by `overhead`,"),
-            ("", "tiny preset; of the latter 7 ms are taking a batch over from a loader process)"),
+            ("", "tiny preset; of the latter 9 ms are taking a batch over from a loader process)"),
             ("corpus", f"{self.corpus_profiles / 1e6:.1f} M profiles"),
         ]  # fmt: skip
         return [f"{name:<15}{text}" for name, text in told]
