@@ -84,9 +84,9 @@ class Loader(Dataset):
             return self._collate(work, self.groups.read([place.group for place in work.places])), []
         except RemoteError:
             raise
-        except ValueError:
+        except ValueError as error:
             if not work.others:
-                raise
+                raise self._named(work, error) from None
         found = [self._sound(place, others) for place, others in zip(work.places, work.others, strict=True)]
         return self._collate(work, [group for group, _ in found]), [fault for _, faults in found for fault in faults]
 
@@ -97,17 +97,31 @@ class Loader(Dataset):
         ]
         return collate(groups, views, self.spec, self.genes(work.step))
 
+    def _named(self, work: Work, error: ValueError) -> ValueError:
+        """The error with the shard and key of the group at fault, where it is that of a group's tiles."""
+        for place in work.places:
+            (group,) = self.groups.read([place.group])
+            try:
+                decode_tiles(group, self.spec.tile_px)
+            except ValueError as fault:
+                return ValueError(f"{self.groups.source(place.group)}: {fault}")
+        return error
+
     def _sound(self, place: Place, others: list[Place]) -> tuple[schema.Group, list[str]]:
         """The group of a place, or the first sound one of those that stand in, and the faults before it."""
         faults: list[str] = []
         for one in [place, *others]:
             try:
                 (group,) = self.groups.read([one.group])
-                decode_tiles(group, self.spec.tile_px)
             except RemoteError:
                 raise
             except ValueError as error:
                 faults.append(str(error))
+                continue
+            try:
+                decode_tiles(group, self.spec.tile_px)
+            except ValueError as error:
+                faults.append(f"{self.groups.source(one.group)}: {error}")
             else:
                 return group, faults
         raise StreamError(f"{len(faults)} groups in a row are damaged, the first: {faults[0]}")

@@ -187,7 +187,8 @@ class Trainer:
             ends = self.step == last or self.requests.agreed is not None
             watched = self._validates()
             if watched:
-                record |= watched.run(self.engine)
+                with self.world.progress.waiting("validation"):
+                    record |= watched.run(self.engine)
             if watched or self.step % self.config.log_every == 0 or ends:
                 record |= self.meter.read() | {"perf/checkpoint_s": self.checkpoint_s}
                 self.checkpoint_s = 0.0
@@ -206,7 +207,9 @@ class Trainer:
         return reason
 
     def _validates(self) -> Validation | None:
-        """The validation, where the step that is over calls for one."""
+        """The validation, where the step that is over calls for one; never in the time that is left before an end."""
+        if self.requests.agreed:
+            return None
         due = self.validation and self.step % self.config.validation.every_steps == 0
         return self.validation if due or self.step == self.config.optim.steps else None
 

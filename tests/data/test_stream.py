@@ -1,9 +1,12 @@
 """The stream: the same batches for any ranks, workers and micro-batches; resume by position; what is damaged."""
 
+import dataclasses
 import os
+import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from storm.data.order import Position
 from storm.data.stream import Batches, StreamError, batches
 from storm.index import INDEX, Index
 from storm.shards import MANIFEST, Tars
+from tests.data import samples
 from tests.data.corpora import BATCH, GROUPS, stream, write
 
 
@@ -162,6 +166,25 @@ def test_skipping_counts_tells_and_replaces_by_the_place_alone(
         for name in ("query", "target_log_depth"):
             sums = [float(piece[name].double().sum()) for piece in dealt]
             assert sum(sums) == pytest.approx(sum(float(batch[name].double().sum()) for batch in taken))
+
+
+def test_a_tile_that_was_packed_damaged_is_named_with_its_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its hash holds, so only the decoder finds it."""
+    made = samples.group
+
+    def spoil(seed: int, **of: Any) -> Any:
+        group = made(seed, **of)
+        return dataclasses.replace(group, tiles=group.tiles | {(0, 1, 0): b"no picture"}) if seed == 2 else group
+
+    monkeypatch.setattr(samples, "group", spoil)
+    shards = write(tmp_path / "set", [("s0", i) for i in range(GROUPS)])
+    told = r"train/000000\.tar: group s0_00002: slide s0: tile \(0, 1, 0\) is damaged"
+    with pytest.raises(StreamError, match=told):
+        list(batches(stream(shards, micro_batch_size=2), 0, 2, workers=0))
+    found = batches(stream(shards, micro_batch_size=2, on_error="skip"), 0, 2, workers=0)
+    assert len(list(found)) == 4 and found.skipped == 1 and re.search(told, capsys.readouterr().err)
 
 
 def test_too_many_skips_fail(shards: Path, tmp_path: Path) -> None:
