@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from data_prep.check_store import READ_ERRORS
 from data_prep.packing import manifest as describe
@@ -49,8 +50,8 @@ def check_shard(path: Path, entry: dict[str, Any], index: Index, number: int) ->
             span = handle.read(int(index.size[i]))
             at = int(index.offset[i]) + len(span)
             whole.update(span)
-            if hashlib.sha256(span).digest() != index.sha256[i].tobytes():
-                fact = "truncated" if len(span) < index.size[i] else "damaged (sha256)"
+            if xxhash.xxh3_128_digest(span) != index.xxh3[i].tobytes():
+                fact = "truncated" if len(span) < index.size[i] else "damaged (xxh3)"
                 found.faults.append(f"group {index.key(i)}: {fact}; {_AGAIN}")
                 continue
             slide, own, fault = _group(span, index, i)

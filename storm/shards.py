@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from storm import files, schema
 from storm.genes import GeneTable, unpack_panel
@@ -85,14 +86,16 @@ class ShardWriter:
     def add(self, key: str, group: schema.Group) -> None:
         """Append a group."""
         parts = group_parts(key, group)
-        own = hashlib.sha256()
+        own, quick = hashlib.sha256(), xxhash.xxh3_128()
         for part in parts:
             own.update(part)
+            quick.update(part)
             self._whole.update(part)
         with self._path.open("ab") as handle:  # not kept open: shards may be more than files may
             handle.writelines(parts)
         size = sum(map(len, parts))
-        self._groups.append([key, size, own.hexdigest(), len(group.profiles), len(group.tiles)])
+        hashes = own.hexdigest(), quick.hexdigest()
+        self._groups.append([key, size, *hashes, len(group.profiles), len(group.tiles)])
 
     def close(self, folder: Path) -> int:
         """Move the shard into its split's folder, and then write its sidecar; returns its bytes."""
@@ -129,10 +132,10 @@ def join_split(folder: Path, sidecars: Sequence[dict[str, Any]]) -> dict[str, An
     at = 0
     for shard, sidecar in enumerate(sidecars):
         offset = 0
-        for key, size, sha256, profiles, tiles in sidecar["groups"]:
+        for key, size, sha256, xxh3, profiles, tiles in sidecar["groups"]:
             slide, _, group = key.rpartition("_")
-            digest = np.frombuffer(bytes.fromhex(sha256), np.uint8)
-            rows[at] = (offset, size, shard, profiles, tiles, number_of[slide], int(group), digest)
+            hashes = (np.frombuffer(bytes.fromhex(text), np.uint8) for text in (sha256, xxh3))
+            rows[at] = (offset, size, shard, profiles, tiles, number_of[slide], int(group), *hashes)
             offset, at = offset + size, at + 1
     index = Index(tuple(slides), None, *(rows[name] for name in ROW.names or ()))
     index.save(folder / INDEX)
@@ -165,10 +168,19 @@ def decode_span(span: bytes, source: str) -> schema.Group:
     return schema.decode(found, source)
 
 
-def check_span(data: bytes, span: Span, tar: str) -> None:
-    """Raises DamagedError where bytes are not those that were packed. `tar` names the shard."""
-    if hashlib.sha256(data).digest() != span.sha256:
-        fact = "truncated" if len(data) < span.size else "damaged (sha256)"
+def check_span(data: bytes, span: Span, tar: str, foreign: bool = False) -> None:
+    """Compare bytes with those that were packed.
+
+    Args:
+        tar: names the shard.
+        foreign: they come from elsewhere, so by sha256; else by xxh3, which finds what a disk or a copy spoiled.
+
+    Raises:
+        DamagedError: they differ.
+    """
+    same = hashlib.sha256(data).digest() == span.sha256 if foreign else xxhash.xxh3_128_digest(data) == span.xxh3
+    if not same:
+        fact = "truncated" if len(data) < span.size else f"damaged ({'sha256' if foreign else 'xxh3'})"
         raise DamagedError(f"{tar}: group {span.key}: {fact}; restore the shard or pack again")
 
 

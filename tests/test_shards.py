@@ -196,7 +196,7 @@ def test_a_manifest_that_is_a_list_is_refused(tmp_path: Path) -> None:
 def test_an_index_is_mapped_and_finds_its_keys(tiny_shards: Path) -> None:
     index = shards.ShardSet(tiny_shards).index(SPLIT)
     keys = [index.key(i) for i in range(len(index))]
-    assert ROW.itemsize == 64 and not (index.offset.flags.owndata or index.offset.flags.writeable)
+    assert ROW.itemsize == 80 and not (index.offset.flags.owndata or index.offset.flags.writeable)
     assert [index.find(key) for key in keys] == list(range(len(index)))
     assert [index.find(key) for key in ("nobody_00000", f"{index.slides[0]}_99999", keys[0][:-1], "")] == [None] * 4
 

@@ -217,7 +217,7 @@ class RemoteTars:
             if len(data) > span.size:
                 raise RemoteError(f"{self.server.url}: the server does not answer ranges; use one that does, or copy "
                                   "the shards to a folder")  # fmt: skip
-            check_span(data, span, f"{self.server.url}/{self._name(span.shard)}")
+            check_span(data, span, f"{self.server.url}/{self._name(span.shard)}", foreign=True)
             self.cache.put(span.sha256, data)
             found[span.sha256] = data
         return [kept for span in spans if (kept := found[span.sha256]) is not None]

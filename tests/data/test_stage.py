@@ -88,7 +88,7 @@ def test_a_damaged_copy_is_removed_and_the_source_read(
     for digest, entry in told(shards).items():
         (tmp_path / "storm-stage" / f"{digest}.tar").write_bytes(bytes(entry["bytes"]))
     same(own, stream(shards), 0, 1)
-    assert "damaged (sha256)" in (error := capsys.readouterr().err) and "the copy is removed" in error
+    assert "damaged (xxh3)" in (error := capsys.readouterr().err) and "the copy is removed" in error
 
 
 def test_a_damaged_shard_is_not_staged(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

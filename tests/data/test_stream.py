@@ -143,7 +143,7 @@ def damage(shards: Path, folder: Path, *groups: int) -> Path:
 
 def test_a_damaged_group_is_an_error_that_names_it(shards: Path, tmp_path: Path) -> None:
     spoiled = stream(damage(shards, tmp_path / "copy", 5))
-    with pytest.raises(StreamError, match=r"train/000001\.tar: group s2_00001: damaged \(sha256\); restore"):
+    with pytest.raises(StreamError, match=r"train/000001\.tar: group s2_00001: damaged \(xxh3\); restore"):
         list(batches(spoiled, 0, 2, workers=0))
 
 

@@ -196,7 +196,7 @@ def tar_of(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("damage", "faults"),
     [
-        (lambda f: flip(tar_of(f), 600), ["damaged (sha256); restore", "its sha256 is not that of the manifest"]),
+        (lambda f: flip(tar_of(f), 600), ["damaged (xxh3); restore", "its sha256 is not that of the manifest"]),
         (lambda f: tar_of(f).write_bytes(tar_of(f).read_bytes()[:5000]),
          ["truncated; restore", "not the end of a tar", "its sha256 is not"]),
         (lambda f: tar_of(f).write_bytes(tar_of(f).read_bytes() + b"more"), ["1028 bytes behind its", "sha256"]),
