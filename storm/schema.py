@@ -202,7 +202,8 @@ def slide_log_density(depth: npt.NDArray[np.integer], area_um2: npt.NDArray[np.f
 
 @dataclass
 class Group:
-    """One sample: k regions of one slide. `tiles[(g, row, col)]` are JPEG bytes; `region` is g of each profile."""
+    """One sample: k regions of one slide. `tiles[(g, row, col)]` are JPEG bytes, or views of them; `region` is g of each
+    profile."""
 
     meta: GroupMeta
     profiles: Profiles
@@ -308,7 +309,7 @@ def decode(members: Mapping[str, bytes | memoryview], source: str) -> Group:
     )  # fmt: skip
     region = arrays["region"]
     tiles = {
-        (int(m[1]), int(m[2]), int(m[3])): bytes(data)
+        (int(m[1]), int(m[2]), int(m[3])): data
         for name, data in members.items()
         if (m := _TILE_MEMBER.fullmatch(name))
     }

@@ -163,8 +163,8 @@ def members(span: bytes) -> dict[str, bytes]:
 
 def decode_span(span: bytes, source: str) -> schema.Group:
     """The group of `group_parts`. `source` names it in errors."""
-    view = memoryview(span)  # the arrays are most of the bytes, and are copied once more anyhow
-    found = {name: view[a:b] if name.endswith(".npz") else span[a:b] for name, a, b in _places(span)}
+    view = memoryview(span)  # no member is copied before it is decoded
+    found = {name: view[a:b] for name, a, b in _places(span)}
     return schema.decode(found, source)
 
 
