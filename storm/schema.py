@@ -202,7 +202,7 @@ def slide_log_density(depth: npt.NDArray[np.integer], area_um2: npt.NDArray[np.f
 
 @dataclass
 class Group:
-    """One sample: k regions of one slide. `tiles[(g, row, col)]` are JPEG bytes, or views of them; `region` is g of each
+    """One sample: k regions of one slide. `tiles[(g, row, col)]` are JPEG bytes or views of them; `region` is g of each
     profile."""
 
     meta: GroupMeta
