@@ -85,7 +85,7 @@ def survives(
         assert run(module, to(folder, again))[0] == 0
         assert content(folder) == truth, f"killed after {share * seconds:.2f} of {seconds:.2f} s"
     print(f"{kills} runs of {number} were killed, {torn} left a temporary behind; undisturbed {seconds:.2f} s")
-    assert torn or kills < 6
+    assert torn or kills < 20, "none came while something was written: the moments are wrong"
 
 
 def kills(default: int) -> int:

@@ -208,7 +208,7 @@ def test_no_trace_of_people_and_machines(built: Built, tmp_path: Path) -> None:
     words = ["--store", str(stores), "--out", str(out), "--allow-missing", "tile_px=112", "tile_mpp=1.0"]
     assert pack.main(words) == 0
     outputs = [path for top in (stores, out) for path in top.rglob("*") if path.is_file()]
-    assert {path.suffix for path in outputs} >= {".zip", ".json", ".tar", ".npz", ".md", ".tsv"}
+    assert {path.suffix for path in outputs} >= {".zip", ".json", ".tar", ".npy", ".md", ".tsv"}
     for path in outputs:
         data = everything_in(path)
         for secret in (MARK, str(tmp_path), tmp_path.name, "/ho" + "me/", "ImageDescription", "Experimenter"):

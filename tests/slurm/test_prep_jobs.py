@@ -260,7 +260,7 @@ def test_submit_tells_what_is_wrong(cluster: Cluster, tmp_path: Path, root: Path
         assert done.stdout == ""
         return done.stderr
 
-    assert "none.sbatch is none of: pack.sbatch prep.sbatch" in said("none.sbatch")
+    assert "none.sbatch is none of: embed.sbatch pack.sbatch prep.sbatch pretrain.sbatch" in said("none.sbatch")
     assert "absent.json: no such plan; write it with" in said("prep.sbatch", "--", "--plan", "absent.json")
     assert "--tasks many: give a number" in said("pack.sbatch", "--", "--tasks=many")
     (tmp_path / "plan.json").write_text('{"tasks": []}')

@@ -82,7 +82,8 @@ def broken(config: RunConfig, world: engine.World, groups: Path) -> str:
     before = trainer.engine.weights()
     if world.rank == 1:
         losses.terms = lambda outputs, batch: steep(honest(outputs, batch))
-        groups.write_text(", ".join(trainer.stream.keys(0)))
+        asked = [i for i in range(trainer.stream.accumulation) if trainer.stream[i]["depth_mask"].any()]
+        groups.write_text("\n".join(", ".join(trainer.stream.keys(i)) for i in asked))
     try:
         trainer.train()
     except NotFiniteError as error:

@@ -80,14 +80,14 @@ def test_a_preempted_job_waits_to_be_killed(tmp_path: Path, monkeypatch: pytest.
 def test_a_stop_file_ends_a_run_at_its_next_step_and_is_taken_away(
     tiny_shards: Path, world: engine.World, tmp_path: Path
 ) -> None:
-    trainer = Trainer(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 2)), world)
+    trainer = Trainer(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 2, "optim.steps=4")), world)
     trainer.start("auto")
     (tmp_path / stop.STOP).touch()
     assert trainer.train() is stop.STOP_FILE
     assert [line["step"] for line in runs.log(tmp_path)] == [1] and not (tmp_path / FINISHED).exists()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
     trainer.requests.conclude(stop.STOP_FILE)
-    again = Trainer(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 2)), world)
+    again = Trainer(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 2, "optim.steps=4")), world)
     again.start("auto")
     assert again.train() is stop.FINISHED and (tmp_path / FINISHED).exists()
     assert [line["step"] for line in runs.log(tmp_path)] == [1, 2, 3, 4]
