@@ -84,7 +84,7 @@ def test_a_scratch_file_has_the_pixels_and_goes_with_the_slide(
     for box in ((0, 0, 700, 700, 350), (-10, 650, 100, 100, 100), (500, 500, 33, 33, 66)):
         np.testing.assert_array_equal(slide.read(*box), whole.read(*box))
     (file,) = scratch.iterdir()
-    assert file.name.endswith(".tmp") and "a." not in file.name
+    assert file.name.endswith(".tmp") and not file.name.startswith((".a.", "a."))
     assert f"{name}: decoding into a scratch file of 0.0 GB" in capsys.readouterr().out
     slide.close()
     assert list(scratch.iterdir()) == []
