@@ -147,9 +147,8 @@ def _by_numpy(data: bytes) -> Any:
         return {name: found[name] for name in found.files}
 
 
-def _from_litdata(folder: Path, scratch: Path) -> Iterator[Decoded]:
-    """The library over its own chunks of the same groups, each as the bytes of its span; the same decoders."""
-    import litdata  # type: ignore[import-not-found]
+def _chunks(folder: Path, scratch: Path) -> Path:
+    """litdata's own chunks of the same groups, each as the bytes of its span."""
     from litdata.streaming.writer import BinaryWriter  # type: ignore[import-not-found]
 
     groups = open_corpus(DataConfig(shards=str(folder), stage_dir="")).groups
@@ -159,10 +158,21 @@ def _from_litdata(folder: Path, scratch: Path) -> Iterator[Decoded]:
         writer[i] = {"span": groups.packed([i])[0]}
     writer.done()
     writer.merge(1)
+    return scratch
+
+
+def _from_litdata(chunks: Path, decode: Callable[[bytes], Decoded]) -> Iterator[Decoded]:
+    """The library over its chunks, with the same JPEG decoder."""
+    import litdata  # type: ignore[import-not-found]
+
     while True:
-        for sample in litdata.StreamingDataset(str(scratch), shuffle=True):
-            group = shards.decode_span(sample["span"], "litdata")
-            yield decode_tiles(group, _TILE_PX), group.profiles
+        for sample in litdata.StreamingDataset(str(chunks), shuffle=True):
+            yield decode(sample["span"])
+
+
+def _by_storm(span: bytes) -> Decoded:
+    group = shards.decode_span(span, "litdata")
+    return decode_tiles(group, _TILE_PX), group.profiles
 
 
 def contenders(folder: Path, scratch: Path) -> dict[str, Iterator[Decoded]]:
@@ -175,7 +185,9 @@ def contenders(folder: Path, scratch: Path) -> dict[str, Iterator[Decoded]]:
         "webdataset, storm's arrays": _from_webdataset(folder, lambda data: load_arrays(data, "webdataset")),
     }  # fmt: skip
     if importlib.util.find_spec("litdata"):
-        found["litdata, storm's arrays"] = _from_litdata(folder, scratch)
+        chunks = _chunks(folder, scratch)
+        found["litdata"] = _from_litdata(chunks, lambda span: _decoded(shards.members(span), _by_numpy))
+        found["litdata, storm's arrays"] = _from_litdata(chunks, _by_storm)
     return found
 
 
