@@ -65,17 +65,18 @@ def tagged(prefix: str, loss: float, parts: dict[str, float | None]) -> dict[str
 
 
 def cut_back(path: Path, step: int) -> int:
-    """Drop the lines after `step` (and a torn last line), which a resumed run writes again; the number of them."""
+    """Drop the lines after `step`, which a resumed run writes again, and what is no record, as a torn last line; the
+    number of them."""
     if not path.is_file():
         return 0
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = []
     for line in lines:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] <= step:
+            late = json.loads(line)["step"] > step
+        except (json.JSONDecodeError, TypeError, KeyError):
+            continue
+        if not late:
             kept.append(line + "\n")
     files.write_bytes(path, "".join(kept).encode())
     return len(lines) - len(kept)

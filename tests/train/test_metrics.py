@@ -47,12 +47,14 @@ def test_a_resumed_log_has_no_overlapping_curve_and_says_so(tmp_path: Path) -> N
     log.close()
     with (tmp_path / metrics.LOG).open("a") as torn:
         torn.write('{"step": 4, "train/lo')
+    with (tmp_path / metrics.LOG).open("ab") as torn:
+        torn.write(b"\xff\0\n7\n")
     log = metrics.RunLog(tmp_path, 1)
     log.write({"step": 2, "train/loss": 5.0})
     log.close()
     assert lines(tmp_path) == [
         {"step": 1, "train/loss": 11.0, "train/loss/image": None, "progress/samples": 4},
-        {"step": 1, "event": "resumed", "lines_dropped": 3},
+        {"step": 1, "event": "resumed", "lines_dropped": 4},
         {"step": 2, "train/loss": 5.0},
     ]
     assert curve(tmp_path, "train/loss") == [(1, 11.0), (2, 5.0)]
