@@ -87,6 +87,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, step: int) -> None:
         dropped = cut_back(run_dir / LOG, step)
+        self._path = str(run_dir / LOG)
         self._lines = (run_dir / LOG).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
         self._told = time.monotonic()
@@ -110,8 +111,12 @@ class RunLog:
             self._tell(record)
 
     def _append(self, record: dict[str, Any]) -> None:
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(json.dumps(record) + "\n")
+            self._lines.flush()
+        except OSError as error:  # of a full disk; it tells no file
+            error.filename = self._path
+            raise
 
     def _tell(self, record: dict[str, Any]) -> None:
         told = {"loss": ("train/loss", ".4f"), "val loss": ("val/loss", ".4f"), "s": ("perf/step_s", ".2f"),

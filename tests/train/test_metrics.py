@@ -1,5 +1,6 @@
 """The log: tags that stay what they are, the same values in both places, no overlapping curve after a resume."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -68,6 +69,13 @@ def test_a_run_from_its_start_replaces_what_lies_there(tmp_path: Path) -> None:
     (tmp_path / metrics.LOG).write_text('{"step": 1, "train/loss": 1.0}\n')
     metrics.RunLog(tmp_path, 0).close()
     assert lines(tmp_path) == []
+
+
+def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
+    log = metrics.RunLog(tmp_path, 0)
+    with contextlib.suppress(OSError), Path("/dev/full").open("a") as full, pytest.raises(OSError, match=r"log\.jsonl"):
+        log._lines = full
+        log.write({"step": 1})
 
 
 def test_a_tag_that_nobody_knows_is_refused(tmp_path: Path) -> None:
