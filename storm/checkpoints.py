@@ -27,10 +27,15 @@ _NAME = re.compile(r"step_(\d+)")
 
 def complete(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest step first; folders without a marker do not count."""
+    return [path for path in named(run_dir) if (path / MARKER).is_file()]
+
+
+def named(run_dir: Path) -> list[Path]:
+    """What has the name of a checkpoint, complete or not, oldest step first; anything else beside it is the user's."""
     found = [
         (int(match[1]), path) for path in (run_dir / FOLDER).glob("step_*") if (match := _NAME.fullmatch(path.name))
     ]
-    return [path for _, path in sorted(found) if (path / MARKER).is_file()]
+    return [path for _, path in sorted(found)]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -56,6 +61,8 @@ def verify(checkpoint: Path, names: list[str]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{checkpoint}: is no complete checkpoint ({MARKER} is absent); use an older one")
     marker: dict[str, Any] = files.read_json(path)
+    if not isinstance(marker, dict) or not isinstance(marker.get("files"), dict):
+        raise ValueError(f"{path}: names no files; the checkpoint is damaged, use an older one")
     for name in names:
         file = files.inside(checkpoint, name)
         if not file.is_file():

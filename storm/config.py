@@ -18,9 +18,11 @@ MASK_MODES = ("image_only", "in_context", "gene_level", "gene_only")
 
 
 class Section(BaseModel):
-    """A part of a config: immutable, no key it does not know, no value of another type."""
+    """A part of a config: immutable, no key it does not know, no value of another type, no infinite number."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
 
 class PrepConfig(Section):
@@ -166,7 +168,7 @@ class OptimConfig(Section):
 
     steps: int = Field(default=1000, ge=1)
     lr: float = Field(default=3e-4, gt=0)
-    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     weight_decay: float = Field(default=0.05, ge=0, description="not on norms, biases and embeddings")
     warmup_share: float = Field(default=0.02, ge=0, le=1)
     final_lr_share: float = Field(default=0.01, ge=0, le=1)
@@ -233,7 +235,7 @@ class RunConfig(Section):
     """One pretraining run."""
 
     run_dir: str = Field(description="folder of the run: config, logs, checkpoints, FINISHED")
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
     log_every: int = Field(default=1, ge=1, description="steps between log lines")
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -324,7 +326,8 @@ def _keys(kind: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:
 
 def _source(key: str, given: list[str], name: str) -> str:
     """Where a key that is at fault was written: among the words of the command, or in the file."""
-    return "command line" if any(word == key or word.startswith(f"{key}.") for word in given) else name
+    related = (f"{word}.".startswith(f"{key}.") or f"{key}.".startswith(f"{word}.") for word in given)
+    return "command line" if any(related) else name
 
 
 def _explain(kind: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:

@@ -29,6 +29,14 @@ def test_faults_of_a_prep_config(word: str, message: str) -> None:
         config.load(PrepConfig, None, [word])
 
 
+@pytest.mark.parametrize(
+    "word", ["seed=-1", f"seed={10**20}", "optim.clip=.inf", "optim.lr=.inf", "optim.betas=[1.0, 0.9]"]
+)
+def test_numbers_out_of_range_are_named_by_key(word: str) -> None:
+    with pytest.raises(ValueError, match=rf"command line: {word.partition('=')[0]}[.=\d]"):
+        config.load(RunConfig, None, ["run_dir=r", "data.shards=s", word])
+
+
 def test_faults_of_a_file_name_it(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("mask: {image_olny: 0.5}\nrun_dir: r\ndata: {shards: s}\n")

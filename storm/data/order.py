@@ -14,6 +14,7 @@ windows of some shards, and the groups of a window permuted.
 
 import functools
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -146,8 +147,10 @@ class Order:
         return Place(epoch, index, int(self.epoch(epoch)[index]))
 
     def another(self, place: Place, attempt: int) -> Place:
-        """The place itself with another group: that of the same slot some batches on, in the same epoch."""
-        index = (place.number + attempt * self.global_batch_size) % self.groups
+        """The place itself with another group: that of the same slot some batches on, in the same epoch; of the next
+        slot where these lead back to it, which they do soon in a corpus of few batches."""
+        laps = attempt // (self.groups // math.gcd(self.groups, self.global_batch_size))
+        index = (place.number + attempt * self.global_batch_size + laps) % self.groups
         return place._replace(group=int(self.epoch(place.epoch)[index]))
 
     def micro_batches(self, step: int, rank: int, world: int, micro: int) -> list[list[Place]]:

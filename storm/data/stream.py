@@ -34,7 +34,7 @@ from storm.data.view import draw_view, view_rng
 Batch = dict[str, torch.Tensor]
 
 _GENES = 2  # keeps the generator of the loss genes apart from those of the order
-_OTHERS = 8  # groups that are tried in place of a damaged one
+OTHERS = 8  # groups that are tried in place of a damaged one
 _NAMED = 4
 
 
@@ -87,7 +87,7 @@ class Loader(Dataset):
         except ValueError as error:
             if not work.others:
                 raise self._named(work, error) from None
-        found = [self._sound(place, others) for place, others in zip(work.places, work.others, strict=True)]
+        found = [self.sound(place, others) for place, others in zip(work.places, work.others, strict=True)]
         return self._collate(work, [group for group, _ in found]), [fault for _, faults in found for fault in faults]
 
     def _collate(self, work: Work, groups: list[schema.Group]) -> Batch:
@@ -107,8 +107,12 @@ class Loader(Dataset):
                 return ValueError(f"{self.groups.source(place.group)}: {fault}")
         return error
 
-    def _sound(self, place: Place, others: list[Place]) -> tuple[schema.Group, list[str]]:
-        """The group of a place, or the first sound one of those that stand in, and the faults before it."""
+    def sound(self, place: Place, others: list[Place]) -> tuple[schema.Group, list[str]]:
+        """The group of a place, or the first sound one of those that stand in, and the faults before it.
+
+        Raises:
+            StreamError: all are damaged.
+        """
         faults: list[str] = []
         for one in [place, *others]:
             try:
@@ -210,7 +214,7 @@ class GroupStream:
         step, micro = divmod(item, self.accumulation)
         found = self.order.micro_batches(step, self.rank, self.world, self.config.micro_batch_size)[micro]
         skip = self.config.on_error == "skip"
-        others = [[self.order.another(place, k + 1) for k in range(_OTHERS)] for place in found] if skip else []
+        others = [[self.order.another(place, k + 1) for k in range(OTHERS)] for place in found] if skip else []
         return Work(step, found, others)
 
     def __getitem__(self, item: int) -> Batch:

@@ -11,6 +11,7 @@ stage and world to any other without a conversion, hold every bit of the state, 
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Collection
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -98,10 +99,10 @@ def _save_part(folder: Path, training: Engine, world: World) -> dict[str, str]:
     written = [folder / _MOMENTS.format(world.rank), folder / f"rng_rank{world.rank}.json"]
     weights = training.weights()
     if world.rank == 0:
-        save_file(weights, folder / _WEIGHTS)
+        _write(weights, folder / _WEIGHTS)
         (folder / _WEIGHTS).chmod(0o644)  # safetensors makes it private; others export from it
         written.append(folder / _WEIGHTS)
-    save_file(training.moments(), written[0])
+    _write(training.moments(), written[0])
     states = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(world.device)
@@ -111,6 +112,16 @@ def _save_part(folder: Path, training: Engine, world: World) -> dict[str, str]:
     for own in engine.gather({path.name: _seal(path) for path in written}):
         sums |= own
     return sums
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors to a file. Raises OSError, for which the library has an error of its own, where the disk fails."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        if code := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
 
 
 def _seal(path: Path) -> str:
@@ -147,8 +158,12 @@ def _retain(run_dir: Path, keep: CheckpointConfig) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, marker first: what a kill leaves of it does not count, and `sweep` takes it away."""
-    (path / checkpoints.MARKER).unlink()
+    """Remove a checkpoint, marker first: what a kill leaves of it does not count, and `sweep` takes it away. Of one
+    that was moved elsewhere and linked, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    (path / checkpoints.MARKER).unlink(missing_ok=True)
     shutil.rmtree(path)
 
 
@@ -183,7 +198,7 @@ def check(path: Path, contents: Contents, world: World, allow: Collection[str] =
     Raises:
         ValueError: another model, other genes, another config, or a damaged file.
     """
-    marker = checkpoints.verify(path, ["model.json", "genes.tsv", "config.yaml", "position.json"])
+    _verify_together(path, ["model.json", "genes.tsv", "config.yaml", "position.json"], world)
     own = json.loads(json.dumps(asdict(contents.model)))  # tuples become lists, as in the file
     changes = _changes({"model": files.read_json(path / "model.json")["model"]}, {"model": own})
     _refuse(path / "model.json", "the checkpoint is of another model", changes, "set these back")
@@ -195,7 +210,7 @@ def check(path: Path, contents: Contents, world: World, allow: Collection[str] =
     changes = [change for change in _changes(before, now) if change.partition(":")[0] not in allow]
     cure = "set these back, or name each with --allow-change"
     _refuse(path / "config.yaml", "the run was started with other values", changes, cure)
-    _verify_together(path, sorted(marker["files"]), world)
+    _verify_together(path, sorted(checkpoints.verify(path, [])["files"]), world)
 
 
 def _verify_together(path: Path, names: list[str], world: World) -> None:
@@ -258,8 +273,10 @@ def load(path: Path, training: Engine, world: World) -> Position:
 
 
 def _reader(path: Path) -> Callable[[str], Tensor]:
-    """A function from the name of a tensor to the tensor, in whichever file of a checkpoint it lies."""
-    opened = {file: safe_open(file, "pt") for file in sorted(path.glob("*.safetensors"))}
+    """A function from the name of a tensor to the tensor, in whichever file of a checkpoint it lies; of those that the
+    marker names, for only they were verified."""
+    names = sorted(name for name in checkpoints.verify(path, [])["files"] if name.endswith(".safetensors"))
+    opened = {name: safe_open(path / name, "pt") for name in names}
     held = {name: file for file, content in opened.items() for name in content.keys()}  # noqa: SIM118 (no mapping)
 
     def read(name: str) -> Tensor:
@@ -274,9 +291,12 @@ def _reader(path: Path) -> Callable[[str], Tensor]:
 def sweep(run_dir: Path) -> None:
     """Remove what a killed run was writing or removing: temporary folders of checkpoints, and those without a marker.
     One rank calls it, before any saves."""
-    for path in [*(run_dir / checkpoints.FOLDER).glob(".step_*"), *(run_dir / checkpoints.FOLDER).glob("step_*")]:
-        if path.name.startswith(".") or not (path / checkpoints.MARKER).is_file():
-            shutil.rmtree(path)
+    whole = checkpoints.complete(run_dir)
+    for path in (run_dir / checkpoints.FOLDER).glob(".step_*"):
+        _remove(path)
+    for path in checkpoints.named(run_dir):
+        if path not in whole:
+            _remove(path)
 
 
 def discard_after(run_dir: Path, step: int) -> list[str]:

@@ -65,17 +65,18 @@ def tagged(prefix: str, loss: float, parts: dict[str, float | None]) -> dict[str
 
 
 def cut_back(path: Path, step: int) -> int:
-    """Drop the lines after `step` (and a torn last line), which a resumed run writes again; the number of them."""
+    """Drop the lines after `step`, which a resumed run writes again, and what is no record, as a torn last line; the
+    number of them."""
     if not path.is_file():
         return 0
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = []
     for line in lines:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] <= step:
+            late = json.loads(line)["step"] > step
+        except (json.JSONDecodeError, TypeError, KeyError):
+            continue
+        if not late:
             kept.append(line + "\n")
     files.write_bytes(path, "".join(kept).encode())
     return len(lines) - len(kept)
@@ -86,6 +87,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, step: int) -> None:
         dropped = cut_back(run_dir / LOG, step)
+        self._path = str(run_dir / LOG)
         self._lines = (run_dir / LOG).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
         self._told = time.monotonic()
@@ -109,8 +111,12 @@ class RunLog:
             self._tell(record)
 
     def _append(self, record: dict[str, Any]) -> None:
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(json.dumps(record) + "\n")
+            self._lines.flush()
+        except OSError as error:  # of a full disk; it tells no file
+            error.filename = self._path
+            raise
 
     def _tell(self, record: dict[str, Any]) -> None:
         told = {"loss": ("train/loss", ".4f"), "val loss": ("val/loss", ".4f"), "s": ("perf/step_s", ".2f"),

@@ -191,6 +191,8 @@ def count_restart(run_dir: Path, step: int, limit: int, env: Mapping[str, str]) 
     by_machine = any(int(env.get(name, "0")) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     if by_machine and path.is_file():
         before = files.read_json(path)
+        if not isinstance(before, dict) or not all(isinstance(before.get(key), int) for key in ("step", "restarts")):
+            raise ValueError(f"{path}: holds no count of restarts; remove it")
         restarts = before["restarts"] + 1 if before["step"] == step else 0
     if restarts > limit:
         raise GaveUpError(

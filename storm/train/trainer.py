@@ -54,6 +54,7 @@ class NotFiniteError(ArithmeticError):
 
     code = stop.FAULT
 
+
 def pretrain(
     config: RunConfig, resume: str = "auto", stop_after_step: int | None = None, allow: Collection[str] = ()
 ) -> stop.Reason:

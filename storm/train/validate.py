@@ -10,15 +10,19 @@ ranks; a rank without one runs another's and counts nothing, so that all run as 
 moves: neither weights, nor the stream, nor torch's generators.
 """
 
+import sys
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from storm import losses
+from storm import losses, schema
 from storm.config import RunConfig
 from storm.data.batch import BatchSpec, collate, loss_genes, top_genes
 from storm.data.corpus import Corpus, open_corpus
+from storm.data.order import Place
+from storm.data.stream import OTHERS, Loader
 from storm.data.view import draw_view, plain_view
 from storm.train import engine
 from storm.train.engine import Engine, World
@@ -53,12 +57,11 @@ class Validation:
         self._held_out = open_corpus(config.data, SPLIT).groups
         chosen = min(config.validation.groups, len(self._held_out))
         self._groups = np.arange(chosen) * len(self._held_out) // chosen
-        self._slides = sorted({self._slide(int(group)) for group in self._groups})
+        self._loader = Loader(self._held_out, spec, config.mask, config.seed)
+        self._slides = sorted({slide for part in self._held_out.parts for slide in part.index.slides})
+        self._told: set[str] = set()
         self._genes = loss_genes(spec, config.mask.loss_genes, _rng(config.seed, _GENES))
         self._shown = np.flatnonzero(np.isin(self._genes, top_genes(spec, 4 * GENES)))
-
-    def _slide(self, group: int) -> str:
-        return self._held_out.key(group).rpartition("_")[0]
 
     def run(self, training: Engine) -> dict[str, float | None]:
         """The metrics by tag, on every rank; all ranks must call it."""
@@ -70,16 +73,30 @@ class Validation:
             for first in range(0, len(batches), self._world.size):
                 mine = first + self._world.rank
                 groups = batches[min(mine, len(batches) - 1)]
-                found = self._losses(training, groups)
-                rows, values = self._correlated(training, groups)
+                read = self._read(groups.tolist())
+                found = self._losses(training, groups, read)
+                rows, values = self._correlated(training, read)
                 if mine < len(batches):
                     sums = {name: total + found[name] for name, total in sums.items()}
                     moments.index_add_(0, rows, values)
         return self._metrics(sums, moments)
 
-    def _losses(self, training: Engine, groups: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    def _read(self, numbers: list[int]) -> list[schema.Group]:
+        """Groups; where damaged ones are skipped, the next sound one in their place, the same at any step."""
+        if self._config.data.on_error == "fail":
+            return self._held_out.read(numbers)
+        found = []
+        for number in numbers:
+            places = [Place(0, number, (number + k) % len(self._held_out)) for k in range(OTHERS + 1)]
+            group, faults = self._loader.sound(places[0], places[1:])
+            for fault in set(faults) - self._told:
+                print(f"skipped in validation: {fault}", file=sys.stderr, flush=True)
+            self._told.update(faults)
+            found.append(group)
+        return found
+
+    def _losses(self, training: Engine, groups: npt.NDArray[np.int64], read: list[schema.Group]) -> dict[str, Tensor]:
         """Sums and counts of the loss and its parts, of groups as they are shown in training."""
-        read = self._held_out.read(groups.tolist())
         views = [
             draw_view(group, self._config.mask, _rng(self._config.seed, _VIEW, int(i)), self._spec.panel(group))
             for i, group in zip(groups, read, strict=True)
@@ -90,9 +107,8 @@ class Validation:
         found |= {f"expr_{mode}": term for mode, term in losses.expr_by_mode(outputs, batch).items()}
         return {part: found[part][0] for part in PARTS} | {f"count_{part}": found[part][1] for part in PARTS}
 
-    def _correlated(self, training: Engine, groups: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def _correlated(self, training: Engine, read: list[schema.Group]) -> tuple[Tensor, Tensor]:
         """(slide of each region [R], sums over its profiles [R, 6, K] of 1, x, y, x2, y2, xy) from H&E alone."""
-        read = self._held_out.read(groups.tolist())
         views = [plain_view(group, use_counts=False) for group in read]
         batch = self._moved(collate(read, views, self._spec, self._genes))
         shown = torch.from_numpy(self._shown).to(self._world.device)
@@ -101,7 +117,7 @@ class Validation:
         x_RNK, y_RNK = torch.log1p(_SCALE * composition_RNK), torch.log1p(_SCALE * share_RNK)
         mask_RNK = batch["target_mask"][..., shown]
         terms = (torch.ones_like(x_RNK), x_RNK, y_RNK, x_RNK**2, y_RNK**2, x_RNK * y_RNK)
-        slide = [self._slides.index(self._slide(int(group))) for group in groups]
+        slide = [self._slides.index(group.meta.slide) for group in read]
         rows_R = torch.tensor(slide, device=self._world.device)[batch["region_group"]]
         return rows_R, torch.stack([(term * mask_RNK).sum(1) for term in terms], dim=1)
 

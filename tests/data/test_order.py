@@ -122,6 +122,13 @@ def test_a_stand_in_is_not_of_the_same_batch() -> None:
     assert [o.group for o in others] == [own.epoch(0)[6], own.epoch(0)[1]]
 
 
+@pytest.mark.parametrize(("groups", "batch"), [(4, 4), (8, 4), (6, 4), (3, 12), (1, 1)])
+def test_in_a_small_corpus_every_group_may_stand_in(groups: int, batch: int) -> None:
+    own = order([groups], batch)
+    found = {own.another(own.place(0), k).group for k in range(groups)}
+    assert found == set(range(groups))
+
+
 def test_ranks_that_do_not_divide_are_refused_with_those_that_do() -> None:
     with pytest.raises(ValueError, match=r"cannot be dealt to 3 ranks.*use 1, 2, 4 ranks"):
         accumulation(8, 2, 3)

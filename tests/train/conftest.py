@@ -49,3 +49,10 @@ def two(alone: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory
         return done[stage]
 
     return of
+
+
+@pytest.fixture
+def stopped(tiny_shards: Path, world: engine.World, tmp_path: Path) -> Path:
+    """A run stopped after its first step."""
+    runs.train(tiny_shards, tmp_path / "run", world, stop=1)
+    return tmp_path / "run"

@@ -39,6 +39,16 @@ def kept(shards: Path, run_dir: Path, *more: str) -> RunConfig:
     return load(RunConfig, None, words(shards, run_dir, 1, *KEEP, *more))
 
 
+def train(
+    shards: Path, run_dir: Path, world: engine.World, *more: str, resume: str = "auto", stop: int | None = None
+) -> Trainer:
+    """A run of three steps, or its continuation."""
+    trainer = Trainer(load(RunConfig, None, words(shards, run_dir, 2, "optim.steps=3", *more)), world)
+    trainer.start(resume)
+    trainer.train(stop)
+    return trainer
+
+
 def carry(run: Path, to: Path) -> Path:
     """A copy of a run as it stood at step STOP."""
     shutil.copytree(run, to, ignore=shutil.ignore_patterns(FINISHED, f"step_{STEPS:07d}"))

@@ -1,5 +1,6 @@
 """The log: tags that stay what they are, the same values in both places, no overlapping curve after a resume."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -47,12 +48,14 @@ def test_a_resumed_log_has_no_overlapping_curve_and_says_so(tmp_path: Path) -> N
     log.close()
     with (tmp_path / metrics.LOG).open("a") as torn:
         torn.write('{"step": 4, "train/lo')
+    with (tmp_path / metrics.LOG).open("ab") as torn:
+        torn.write(b"\xff\0\n7\n")
     log = metrics.RunLog(tmp_path, 1)
     log.write({"step": 2, "train/loss": 5.0})
     log.close()
     assert lines(tmp_path) == [
         {"step": 1, "train/loss": 11.0, "train/loss/image": None, "progress/samples": 4},
-        {"step": 1, "event": "resumed", "lines_dropped": 3},
+        {"step": 1, "event": "resumed", "lines_dropped": 4},
         {"step": 2, "train/loss": 5.0},
     ]
     assert curve(tmp_path, "train/loss") == [(1, 11.0), (2, 5.0)]
@@ -66,6 +69,13 @@ def test_a_run_from_its_start_replaces_what_lies_there(tmp_path: Path) -> None:
     (tmp_path / metrics.LOG).write_text('{"step": 1, "train/loss": 1.0}\n')
     metrics.RunLog(tmp_path, 0).close()
     assert lines(tmp_path) == []
+
+
+def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
+    log = metrics.RunLog(tmp_path, 0)
+    with contextlib.suppress(OSError), Path("/dev/full").open("a") as full, pytest.raises(OSError, match=r"log\.jsonl"):
+        log._lines = full
+        log.write({"step": 1})
 
 
 def test_a_tag_that_nobody_knows_is_refused(tmp_path: Path) -> None:

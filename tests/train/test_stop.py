@@ -136,6 +136,9 @@ def test_restarts_by_a_machine_that_come_no_further_are_ended(tmp_path: Path) ->
     with pytest.raises(stop.GaveUpError, match=r"3 restarts came no further than step 0; .*start it by hand"):
         start(0, "4")
     assert [start(5, "5"), start(5, "6"), start(5), start(5, "1")] == [0, 1, 0, 1]
+    files.write_json(tmp_path / stop.RESTARTS, {"step": 5})
+    with pytest.raises(ValueError, match=r"restarts\.json: holds no count"):
+        start(5, "2")
 
 
 def test_a_run_that_gave_up_ends_before_its_first_step(

@@ -21,16 +21,7 @@ from storm.shards import ShardSet
 from storm.train import checkpoint, engine, metrics
 from storm.train.trainer import FINISHED, NotFiniteError, RankError, Trainer, fit_model, pretrain
 from tests.train import runs
-
-
-def train(
-    shards: Path, run_dir: Path, world: engine.World, *more: str, resume: str = "auto", stop: int | None = None
-) -> Trainer:
-    """A run of three steps, or its continuation."""
-    trainer = Trainer(load(RunConfig, None, runs.words(shards, run_dir, 2, "optim.steps=3", *more)), world)
-    trainer.start(resume)
-    trainer.train(stop)
-    return trainer
+from tests.train.runs import train
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +30,6 @@ def finished(tiny_shards: Path, world: engine.World, tmp_path_factory: pytest.Te
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
     train(tiny_shards, run_dir, world, "checkpoint.every_steps=1")
     return run_dir
-
-
-@pytest.fixture
-def stopped(tiny_shards: Path, world: engine.World, tmp_path: Path) -> Path:
-    """A run stopped after its first step."""
-    train(tiny_shards, tmp_path / "run", world, stop=1)
-    return tmp_path / "run"
 
 
 def test_the_run_folder(finished: Path, tiny_shards: Path) -> None:
@@ -133,8 +117,10 @@ def test_a_killed_runs_temporary_folders_are_swept(stopped: Path, tiny_shards: P
     for name in (".step_0000002.0123456789ab.tmp", ".step_0000001.0123456789ab.old"):
         (stopped / "checkpoints" / name).mkdir(parents=True)
     (stopped / "checkpoints" / "step_0000000").mkdir()  # of which retention had removed the marker
+    (stopped / "checkpoints" / "step_0000009").symlink_to(stopped / "nowhere")
+    (stopped / "checkpoints" / "step_notes").mkdir()  # the user's
     train(tiny_shards, stopped, world, stop=1)
-    assert {path.name for path in (stopped / "checkpoints").iterdir()} == kept
+    assert {path.name for path in (stopped / "checkpoints").iterdir()} == kept | {"step_notes"}
 
 
 @pytest.mark.parametrize("step", [0, -3])

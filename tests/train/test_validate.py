@@ -1,6 +1,7 @@
 """Validation: held-out donors, the same figures for every number of ranks, and a training that does not notice it."""
 
 import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,23 @@ def test_the_mean_correlation_is_that_of_the_report() -> None:
     moments[1] = 0  # a section that was not looked at
     assert validate.mean_pearson(moments) == pytest.approx(statistics.pearson(predicted[0], measured[0]).mean())
     assert validate.mean_pearson(torch.zeros(2, 6, 4)) is None
+
+
+def test_a_damaged_group_is_an_error_or_replaced(
+    held_out: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(held_out, tmp_path / "set")
+    span = ShardSet(held_out).index("val").span(0)
+    with next((tmp_path / "set" / "val").glob("*.tar")).open("r+b") as tar:
+        tar.seek(span.offset + span.size // 2)
+        tar.write(b"damage")
+    with pytest.raises(ValueError, match=rf"group {span.key}: damaged"):
+        run = trainer(tmp_path / "set", tmp_path / "fail", world, "validation.every_steps=1")
+        run.validation.run(run.engine)  # type: ignore[union-attr]
+    run = trainer(tmp_path / "set", tmp_path / "skip", world, "validation.every_steps=1", "data.on_error=skip")
+    found = [run.validation.run(run.engine) for _ in range(2)]  # type: ignore[union-attr]
+    assert found[0] == found[1] and found[0]["val/loss"] and found[0]["val/pearson"] is not None
+    assert capsys.readouterr().err.count(f"skipped in validation: {tmp_path}") == 1
 
 
 def test_shards_without_held_out_donors_are_refused(tiny_shards: Path, world: World, tmp_path: Path) -> None:
