@@ -27,7 +27,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, metavar="N", help="of --dry-run: as if on so many ranks (default: these)")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if args.ranks is not None and not args.dry_run:
+        parser.error("--ranks is of --dry-run; ranks of a training are the launcher's: torchrun --nproc_per_node N")
+    return args
 
 
 def tell(error: Exception) -> int:

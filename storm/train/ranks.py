@@ -91,9 +91,14 @@ def _number(env: Env, name: str) -> int:
     return int(env[name])
 
 
+def _has_store(env: Env) -> bool:
+    """Whether torchrun listens at its port itself: then every rank is a client, also the only one."""
+    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _address(env: Env, size: int) -> str:
     """Where rank 0 listens: as set, else the first host of the step or job."""
-    if size == 1:
+    if size == 1 and not _has_store(env):
         return "127.0.0.1"
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     if address := env.get("MASTER_ADDR") or first_host(nodes):
@@ -103,7 +108,7 @@ def _address(env: Env, size: int) -> str:
 
 def _port(env: Env, size: int) -> int:
     """Where rank 0 listens: as set, else by the job's id, for nodes and users share ports; alone any that is free."""
-    if size == 1:
+    if size == 1 and not _has_store(env):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             return int(free.getsockname()[1])

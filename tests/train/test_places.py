@@ -87,6 +87,13 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
     assert ranks.first_host(nodes) == first
 
 
+def test_the_only_rank_of_torchrun_joins_the_store_that_torchrun_opened() -> None:
+    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "41234"}
+    assert ranks.find(env).port != 41234
+    found = ranks.find(env | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert (found.address, found.port) == ("10.0.0.1", 41234)
+
+
 def test_an_allocation_without_a_step_is_warned_of() -> None:
     assert "job 417 has 4 tasks and this is one process" in ranks.unlaunched(JOB)
     assert "srun --ntasks=4 " in ranks.unlaunched(JOB)
