@@ -254,7 +254,8 @@ class ShardSet:
         self.folder = folder
         path = folder / MANIFEST
         if not path.is_file():
-            raise ValueError(f"{path}: no shard manifest; run python -m data_prep.pack to its end")
+            raise ValueError(f"{path}: no shard manifest; name a shard set (in training data.shards=FOLDER), or run "
+                             "python -m data_prep.pack to its end")  # fmt: skip
         self.manifest: dict[str, Any] = files.read_json(path)
         version = self.manifest.get("schema_version") if isinstance(self.manifest, dict) else None
         if version != schema.SCHEMA_VERSION:

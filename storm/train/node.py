@@ -28,6 +28,7 @@ class Disk:
     free_bytes: int
     free_inodes: int | None  # None where the file system does not count them
     writable: bool
+    there: bool = True  # the folder itself exists
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def look_at(name: str, folder: Path) -> Disk:
         near = near.parent
     found = os.statvfs(near)
     free, inodes = found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None
-    return Disk(name, str(near), mount_kind(near), free, inodes, os.access(near, os.W_OK))
+    return Disk(name, str(near), mount_kind(near), free, inodes, os.access(near, os.W_OK), near == folder.absolute())
 
 
 def mount_kind(folder: Path, mounts: str | None = None) -> str:
@@ -173,7 +174,8 @@ def _of_host(here: Sequence[Facts], needs: Needs) -> list[str]:
 
 def _of_disk(disk: Disk, needs: Needs) -> list[str]:
     if disk.name != "run_dir":  # the others are only read
-        return []
+        there = [f"{disk.name}: no such folder (the nearest is {disk.folder}): name the folder of a shard set"]
+        return [] if disk.there else there
     lines = []
     if not disk.writable:
         lines.append(f"run_dir {disk.folder}: not writable: choose another run_dir")

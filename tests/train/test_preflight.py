@@ -73,6 +73,10 @@ def test_the_file_system_of_a_folder(tmp_path: Path) -> None:
     assert kinds == ["nfs4", "tmpfs", "ext4"]
     disk = node.look_at("run_dir", tmp_path / "not" / "yet")
     assert disk.folder == str(tmp_path) and disk.free_bytes > 0 and disk.writable
+    gone = dataclasses.replace(GOOD, disks=(node.look_at("shards", tmp_path / "gone"),))
+    assert node.faults([gone], NEEDS) == [
+        f"{gone.host}: shards: no such folder (the nearest is {tmp_path}): name the folder of a shard set"
+    ]
 
 
 def test_every_rank_meets_both_neighbours() -> None:
