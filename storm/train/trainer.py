@@ -141,9 +141,7 @@ class Trainer:
         self.requests = stop.Requests(self.run_dir, world.rank, config.stop)
         data, model = self.config.data, self.config.model
         spec = BatchSpec(model.tile_px, len(shards.genes), shards.panels, model.organs, share)
-        self.stream = GroupStream(
-            shards, spec, config.mask, data, config.seed, world.rank, world.size,
-        )  # fmt: skip
+        self.stream = GroupStream(shards, spec, config.mask, data, config.seed, world.rank, world.size)
         torch.manual_seed(config.seed * 1_000_003 + world.rank)
         network = Storm(model, len(shards.genes), config.seed, config.engine.activation_checkpointing)
         network.set_gene_bias(torch.from_numpy(np.log(share)).float())
@@ -247,9 +245,7 @@ class Trainer:
             with self.world.progress.waiting("its loader"):
                 return list(itertools.islice(source, self.stream.accumulation))
         except ValueError as error:
-            # A loader process hands its error over as a traceback in text; the last line is the error itself.
-            fact = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-            raise RankError(f"rank {self.world.rank}, step {self.step + 1}: {fact}") from error
+            raise RankError(f"rank {self.world.rank}, step {self.step + 1}: {error}") from error
 
     def backward(self, micro: list[Batch]) -> tuple[float, dict[str, float | None]]:
         """Forward and backward of a step's micro-batches; the global loss and its parts, in the log's names.

@@ -65,7 +65,7 @@ def test_killed_and_resumed_by_as_many_ranks(two: Callable[[int], Path], tiny_sh
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
-@pytest.mark.skipif(KILLS < 2, reason="one kill a day: STORM_TEST_KILLS=20 for more")
+@pytest.mark.skipif(KILLS < 2, reason="only with more than one kill: STORM_TEST_KILLS=20")
 def test_killed_and_resumed_by_other_ranks(two: Callable[[int], Path], tiny_shards: Path, tmp_path: Path) -> None:
     run, torn = disturbed(tiny_shards, tmp_path, KILLS // 2, [1, 2, 4])
     print(f"{torn} kills hit a checkpoint")
