@@ -176,11 +176,21 @@ class OptimConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of the terms."""
+    """Weights of the terms, and from when on those count that need a model which has learned something."""
 
     expr: float = Field(default=1.0, ge=0)
     depth: float = Field(default=0.1, ge=0)
     image: float = Field(default=0.2, ge=0)
+    corr: float = Field(default=0.1, ge=0)
+    spatial: float = Field(default=0.5, ge=0)
+    align: float = Field(default=0.05, ge=0, description="acts where model.align_width is above 0")
+    anchor: float = Field(default=0.1, ge=0, description="acts where the encoder trains from pretrained weights")
+    corr_from: float = Field(default=0.1, ge=0, le=1, description="share of the steps before corr has its weight")
+    align_from: float = Field(default=0.5, ge=0, le=1, description="share of the steps before align has its weight")
+    align_over: Literal["group", "batch"] = Field(
+        default="group",
+        description="negatives: of the group; or of the micro-batch, which hangs on how ranks split the global batch",
+    )
 
 
 class EngineConfig(Section):

@@ -50,36 +50,43 @@ class Slide:
 class Prediction:
     """What the model expects of N footprints, for K genes of its vocabulary.
 
-    mu = exp(log_depth) * composition. `log_depth` is the log of the total over the whole reference panel; its level is
-    a constant of the training data (absolute depth is not identified from H&E), its contrasts are predicted.
+    mu = exp(log_depth) * composition * (1 - zeros). `log_depth` is the log of the total over the whole reference panel;
+    its level is a constant of the training data (absolute depth is not identified from H&E), its contrasts are
+    predicted.
     """
 
     genes: Rows  # [K] vocabulary indices
     composition: Floats  # [N, K] share of each gene among the reference panel
     log_depth: Floats  # [N]
     depth_log_var: Floats  # [N] of the slide-centred log depth
-    dispersion: Floats  # [N, K] size r of the negative binomial: variance = mu + mu^2 / r
+    dispersion: Floats  # [N, K] size r: variance = mu + mu^2 / r; infinite: Poisson; NaN: the model learned no noise
+    zeros: Floats  # [K] share of zeros beside those; above 0 for likelihood zinb alone
 
     @cached_property
     def mu(self) -> Floats:
         """[N, K] expected counts."""
-        return np.exp(self.log_depth)[:, None] * self.composition
+        return np.exp(self.log_depth)[:, None] * self.composition * (1 - self.zeros)
 
     def lognorm(self) -> Floats:
         """[N, K] expected log1p(count / depth * 1e4) at the predicted depth."""
+        if np.isnan(self.dispersion).any():  # likelihood lognorm: what it was trained to tell
+            return np.log1p(np.float32(SCALE) * self.composition)
         return self._expected(np.exp(np.float32(np.log(SCALE)) - self.log_depth))
 
     def raw(self) -> Floats:
-        """[N, K] expected log1p(count)."""
+        """[N, K] expected log1p(count); without a noise model log1p of the expected count."""
+        if np.isnan(self.dispersion).any():
+            return np.log1p(self.mu)
         return self._expected(np.ones_like(self.log_depth))
 
     def _expected(self, scale: Floats) -> Floats:
         expected = np.empty_like(self.composition)
         for start in range(0, len(expected), _CHUNK):  # the quadrature holds several arrays of this shape
             part = slice(start, start + _CHUNK)
-            mu, r, s = (torch.from_numpy(a) for a in (self.mu[part], self.dispersion[part], scale[part, None]))
-            expected[part] = expected_log1p(mu, r, s).numpy()
-        return expected
+            mu = np.exp(self.log_depth[part, None]) * self.composition[part]
+            given = (torch.from_numpy(a) for a in (mu, self.dispersion[part], scale[part, None]))
+            expected[part] = expected_log1p(*given).numpy()
+        return expected * (1 - self.zeros)
 
 
 def prepare(pretrained: Pretrained, store: SlideStore) -> Slide:
@@ -215,8 +222,8 @@ def _forward(
             outputs = model({name: tensor.to(device) for name, tensor in batch.items()})
         for i, ask in enumerate(some):
             at = torch.from_numpy(np.flatnonzero(ask.wanted)).to(device)
-            names = ("embedding", "log_composition", "log_dispersion", "depth_mean", "depth_log_var")
-            yield ask.rows[ask.wanted], {name: outputs[name][i, at].float().cpu() for name in names}
+            names = ("embedding", "log_composition", "log_dispersion", "zero_logit", "depth_mean", "depth_log_var")
+            yield ask.rows[ask.wanted], {name: outputs[name][i, at].float().cpu() for name in names if name in outputs}
 
 
 def _device(device: str | None) -> torch.device:
@@ -280,13 +287,18 @@ def predict(
     columns = torch.from_numpy(np.searchsorted(panel, genes))
     rows = np.arange(len(slide.profiles)) if rows is None else rows
     place = {int(row): i for i, row in enumerate(rows)}
-    composition, dispersion = (np.zeros((len(rows), len(genes)), np.float32) for _ in range(2))
+    composition = np.zeros((len(rows), len(genes)), np.float32)
+    dispersion = np.full_like(composition, np.nan if pretrained.config.likelihood == "lognorm" else np.inf)
+    zeros = np.zeros(len(genes), np.float32)
     contrast, log_var = (np.zeros(len(rows), np.float32) for _ in range(2))
     for done, outputs in _forward(pretrained, slide, rows, use_counts, panel, _device(device)):
         at = [place[int(row)] for row in done]
         composition[at] = outputs["log_composition"][:, columns].exp().numpy()
-        dispersion[at] = outputs["log_dispersion"][:, columns].exp().numpy()
+        if "log_dispersion" in outputs:
+            dispersion[at] = outputs["log_dispersion"][:, columns].exp().numpy()
+        if "zero_logit" in outputs:  # of the gene alone
+            zeros = outputs["zero_logit"][0, columns].sigmoid().numpy()
         contrast[at], log_var[at] = outputs["depth_mean"].numpy(), outputs["depth_log_var"].numpy()
     area = slide.profiles.area_um2[rows].astype(np.float32)
     log_depth = float(pretrained.reference["slide_log_density"]) + np.log(area) + contrast
-    return Prediction(genes, composition, log_depth.astype(np.float32), log_var, dispersion)
+    return Prediction(genes, composition, log_depth.astype(np.float32), log_var, dispersion, zeros)

@@ -9,6 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+LIKELIHOODS = ("nb", "poisson", "zinb", "lognorm")
+_MAY_BE_0 = ("registers", "align_width")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -26,11 +29,13 @@ class ModelConfig:
     space_depth: int = 2
     head_width: int = 16
     registers: int = 4  # learned context tokens per region
+    likelihood: str = "nb"  # of counts: one of LIKELIHOODS
+    align_width: int = 0  # of the vectors that align image and expression; 0: none
     organs: tuple[str, ...] = ()  # names behind organ ids 1, 2, ...; 0 = unknown
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "registers" else 1
+            value, least = getattr(self, field.name), 0 if field.name in _MAY_BE_0 else 1
             if field.type is int and value < least:
                 raise ValueError(f"model.{field.name}={value} must be {least} or more")
         if not 0 < self.tile_mpp < math.inf:
@@ -38,6 +43,9 @@ class ModelConfig:
         for name in ("image_width", "fusion_width", "space_width"):
             if getattr(self, name) % self.head_width:
                 raise ValueError(f"model.{name}={getattr(self, name)} is no multiple of head_width={self.head_width}")
+        if self.likelihood not in LIKELIHOODS:
+            known = nearest(self.likelihood, [*LIKELIHOODS])
+            raise ValueError(f"model.likelihood={self.likelihood!r} is unknown{known}")
         if self.head_width % 8:
             raise ValueError(f"model.head_width={self.head_width} must be a multiple of 8 (2-D rotary pairs)")
         if self.tile_px % self.patch_px:
@@ -57,11 +65,11 @@ class ModelConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {"image_width": 384, "image_depth": 12, "gene_width": 256, "fusion_width": 384, "fusion_depth": 2}
-    | {"space_width": 384, "space_depth": 4, "head_width": 64},
+    | {"space_width": 384, "space_depth": 4, "head_width": 64, "align_width": 128},
     "base": {"image_width": 768, "image_depth": 12, "gene_width": 512, "fusion_width": 768, "fusion_depth": 3}
-    | {"space_width": 768, "space_depth": 8, "head_width": 64},
+    | {"space_width": 768, "space_depth": 8, "head_width": 64, "align_width": 128},
     "large": {"image_width": 1024, "image_depth": 24, "gene_width": 768, "fusion_width": 1024, "fusion_depth": 4}
-    | {"space_width": 1024, "space_depth": 16, "head_width": 64},
+    | {"space_width": 1024, "space_depth": 16, "head_width": 64, "align_width": 128},
 }
 
 

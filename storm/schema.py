@@ -83,7 +83,12 @@ BATCH = {
     "target_log_depth": ("float32", "R N"),  # log L, L = counts over the region's whole target panel
     "depth_target": ("float32", "R N"),  # slide-centred log(L / footprint area)
     "depth_mask": ("bool", "R N"),  # wholly hidden, L > 0
+    # for the contrast of image and expression
+    "place_um": ("float32", "R N 2"),  # centre in the slide's frame, from the origin of its group's first region
+    "negatives": ("int64", "R N"),  # profiles of its group with a part in it, APART_UM or more away; -1 = has no part
 }
+LOGNORM_SCALE = 1e4  # lognorm is log1p of counts that are brought to this sum
+APART_UM = 150.0  # nearer profiles are too much alike to be told apart
 
 # What the image loss regresses, per tile: means and spreads of the two stains, shares of nuclear and of tissue pixels.
 TILE_STATS = ("hematoxylin_mean", "hematoxylin_sd", "eosin_mean", "eosin_sd", "nuclear_share", "tissue_share")

@@ -12,7 +12,7 @@ import torch
 from storm.data import stain
 from storm.data.tile import decode_tile
 from storm.data.view import Mask, View
-from storm.schema import DISC, PLATFORMS, SQUARE, TILE_STATS, Group, RegionMeta
+from storm.schema import APART_UM, DISC, PLATFORMS, SQUARE, TILE_STATS, Group, RegionMeta
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -113,6 +113,7 @@ def collate(
     _tiles(layout, spec)
     _profiles(layout)
     _inputs(layout, spec)
+    _contrast(layout)
     _targets(layout, spec, genes)
     return {name: torch.from_numpy(array) for name, array in layout.out.items()}
 
@@ -268,6 +269,25 @@ def _inputs(layout: _Layout, spec: BatchSpec) -> None:
     layout.out["input_offsets"] = np.cumsum(number) - number
     layout.out["input_log_depth"] = np.log1p(depth).astype(np.float32).reshape(shape)
     layout.out["input_log_genes"] = np.log1p(number).astype(np.float32).reshape(shape)
+
+
+def _contrast(layout: _Layout) -> None:
+    """Who has a part in the contrast of image and expression: profiles that show some gene, in a tile that is encoded.
+
+    How many of them are far enough to be told apart is counted here, so that nobody has to look for pairs in a step.
+    """
+    out, place = layout.out, layout.zeros("place_um", np.float32, layout.n, 2)
+    negatives = layout.zeros("negatives", np.int64, layout.n)
+    negatives[...] = -1
+    for part in layout.parts:
+        at, meta = (part.region, part.slot), part.group.meta
+        place[at] = part.group.profiles.xy_um - np.array(meta.regions[0].origin_um)
+        col, row = (out["xy_um"][at] // meta.tile_um).astype(np.int64).clip(0, [layout.cols - 1, layout.rows - 1]).T
+        seen = (out["tile_at"][part.region, row, col] >= 0) & (out["input_log_genes"][at] > 0)
+        region, slot = part.region[seen], part.slot[seen]
+        xy = place[region, slot]
+        square = sum((xy[:, None, axis] - xy[None, :, axis]) ** 2 for axis in range(2))
+        negatives[region, slot] = (square >= APART_UM**2).sum(axis=1)
 
 
 def _targets(layout: _Layout, spec: BatchSpec, genes: Ints) -> None:

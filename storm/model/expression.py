@@ -1,6 +1,7 @@
 """Level 2, expression: the gene table, and the encoder of what a profile shows of its counts.
 
-In: the visible (profile, gene) entries of a batch, their depth and number. Out: one vector per profile.
+In: the visible (profile, gene) entries of a batch, their depth and number. Out: two vectors per profile, of all that
+is known of its counts, and of its content alone: which genes, and how they stand to each other.
 Shapes: R regions, N profiles, Z visible entries, K genes, E gene width, D fusion width.
 """
 
@@ -30,11 +31,15 @@ class BagEncoder(nn.Module):
         self.project = nn.Linear(config.gene_width, width)
         self.size = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Tensor:
-        """[R, N, D]; a profile without entries gets the code of depth 0."""
+    def forward(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(vector, content), each [R, N, D]; a profile without entries gets the code of depth 0.
+
+        The content is told neither depth nor number of genes: it is what image and expression are aligned by.
+        """
         offsets, value = batch["input_offsets"], batch["input_value"]
         ends = torch.cat([offsets[1:], offsets.new_tensor([len(value)])])
         bag_ME = genes(batch["input_gene"], offsets, value)
         bag_ME = bag_ME * (ends - offsets).clamp_min(1).to(bag_ME.dtype).rsqrt()[:, None]
         size_RN2 = torch.stack([batch["input_log_depth"], batch["input_log_genes"]], dim=-1)
-        return self.project(bag_ME).unflatten(0, size_RN2.shape[:2]) + self.size(size_RN2 / 8)  # 8: log of a whole spot
+        content_RND = self.project(bag_ME).unflatten(0, size_RN2.shape[:2])
+        return content_RND + self.size(size_RN2 / 8), content_RND  # 8: log of a whole spot

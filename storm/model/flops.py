@@ -63,9 +63,21 @@ def parameters(config: ModelConfig, n_genes: int) -> dict[str, int]:
         + _transformer(config.fusion_depth, fusion, config) + _linear(fusion, space),
         "space": _linear(image, space) + (1 + config.registers) * space
         + _transformer(config.space_depth, space, config),
-        "heads": space * gene + n_genes * (2 + TOLD) + TOLD + 1
+        "heads": space * gene + n_genes * (1 + TOLD) + _noise_tables(config, n_genes) + _align(config)
         + _linear(space + TOLD, space) + _linear(space, 2) + _linear(space, len(TILE_STATS)),
     }  # fmt: skip
+
+
+def _noise_tables(config: ModelConfig, n_genes: int) -> int:
+    """Parameters that the likelihood adds to the composition's."""
+    return {"nb": 1, "zinb": 2}.get(config.likelihood, 0) * n_genes + (
+        TOLD + 1 if config.likelihood in ("nb", "zinb") else 0
+    )
+
+
+def _align(config: ModelConfig) -> int:
+    """Parameters of the two projections and their scale."""
+    return (config.image_width + config.fusion_width) * config.align_width + (config.align_width > 0)
 
 
 def _linear(into: int, out: int) -> int:
@@ -95,6 +107,7 @@ def _products(config: ModelConfig, size: Sizes) -> dict[str, tuple[float, float]
     parts = PARTS * size.profiles
     fused = gene * fusion + 2 * fusion**2 + 2 * image * fusion + fusion * space
     heads = space * gene + gene * size.genes + (space + TOLD) * space + 2 * space
+    heads += (image + fusion) * config.align_width
     pixels = 3 * config.patch_px**2
     return {
         "morphology": (config.image_depth * _block(image, patches, patches, pairs), patches * pixels * image),

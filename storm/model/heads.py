@@ -1,7 +1,7 @@
 """What is read from a profile's or a tile's vector: composition and noise of its counts, depth, stain statistics.
 
-In: vectors of the spatial level, gene rows. Out: log composition, log dispersion, mean and log variance of log depth,
-tile statistics; and, at inference, the expected log1p of a count.
+In: vectors of the spatial level, gene rows. Out: log composition and what else the likelihood of counts needs, mean and
+log variance of log depth, tile statistics; and, at inference, the expected log1p of a count.
 Shapes: R regions, N profiles, C tiles, K genes, E gene width, D space width, Q told platforms.
 """
 
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from storm.model.layers import Constant, ZeroLinear
 from storm.presets import ModelConfig
-from storm.schema import DISC, PLATFORMS, TILE_STATS
+from storm.schema import DISC, LOGNORM_SCALE, PLATFORMS, TILE_STATS
 
 START_DISPERSION = 5.0  # NB size r of every gene at the start
+START_ZERO_LOGIT = -4.0  # 2 % of zeros beside those of the NB
+POISSON_SIZE = 1e8  # of an NB that is a Poisson to float32
 REFERENCE_AREA_UM2 = math.pi / 4 * 55**2  # a Visium spot
 
 
@@ -44,7 +46,7 @@ class Decoder(nn.Module):
     """Asks a profile's vector h for genes: l_g = <A h, e_g> + b_g + platform bias, log composition = l_g - log Z.
 
     It starts at the mean composition (A = 0, b = log share). A constant in a platform's biases cancels in Z: only their
-    zero-mean part acts.
+    zero-mean part acts. Tables that the likelihood does not use do not exist: each parameter has a gradient.
     """
 
     def __init__(self, config: ModelConfig, n_genes: int) -> None:
@@ -53,16 +55,30 @@ class Decoder(nn.Module):
         self.ask = ZeroLinear(config.space_width, config.gene_width, bias=False)
         self.gene_bias = Constant(n_genes, 1)
         self.platform_bias = Constant(n_genes, told)
-        self.gene_dispersion = Constant(n_genes, 1, start=math.log(START_DISPERSION))
-        self.dispersion = ZeroLinear(told + 1, 1, bias=False)  # per platform, and the exponent of the area
+        self.likelihood = config.likelihood
+        if self.likelihood in ("nb", "zinb"):
+            self.gene_dispersion = Constant(n_genes, 1, start=math.log(START_DISPERSION))
+            self.dispersion = ZeroLinear(told + 1, 1, bias=False)  # per platform, and the exponent of the area
+        if self.likelihood == "zinb":
+            self.gene_zero = Constant(n_genes, 1, start=START_ZERO_LOGIT)
 
-    def forward(self, h_RND: Tensor, rows_KE: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """log composition and log dispersion (NB size r), each [R, N, K], of `batch["genes"]` with rows e_g."""
+    def forward(self, h_RND: Tensor, rows_KE: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`log_composition` of `batch["genes"]` with rows e_g, and what their likelihood needs, each [R, N, K].
+
+        nb: `log_dispersion`, log of the size r; zinb: also `zero_logit`; lognorm: `lognorm`; poisson: no more.
+        """
         platform_bias_KP = F.pad(self.platform_bias(batch["genes"]), (1, 0))  # none for platform 0
         bias_RK = self.gene_bias(batch["genes"]).T + platform_bias_KP.T[batch["platform"]]
         score_RNK = (self.ask(h_RND) @ rows_KE.T).to(bias_RK.dtype) + bias_RK[:, None]
         log_composition = score_RNK - log_partition(score_RNK, batch["gene_weight"])[..., None]
-        return log_composition, self._log_dispersion(batch)
+        found = {"log_composition": log_composition}
+        if self.likelihood in ("nb", "zinb"):
+            found["log_dispersion"] = self._log_dispersion(batch)
+        if self.likelihood == "zinb":
+            found["zero_logit"] = self.gene_zero(batch["genes"])[:, 0].expand_as(log_composition)
+        if self.likelihood == "lognorm":
+            found["lognorm"] = torch.log1p(LOGNORM_SCALE * log_composition.exp())
+        return found
 
     def _log_dispersion(self, batch: dict[str, Tensor]) -> Tensor:
         """log r = a_g + b_platform + c log area."""
@@ -105,7 +121,8 @@ class TileHead(ZeroLinear):
 
 @torch.no_grad()
 def expected_log1p(mu: Tensor, r: Tensor, scale: Tensor | float) -> Tensor:
-    """E[log1p(scale * count)] of negative binomial counts of mean `mu` and size `r`; shapes broadcast.
+    """E[log1p(scale * count)] of negative binomial counts of mean `mu` and size `r` (infinite: Poisson); shapes
+    broadcast.
 
     Exact up to quadrature (relative error below 1e-4): log(1 + y) is the integral of (1 - exp(-y t)) exp(-t) / t over
     t > 0, and the expectation of exp(-s count) is (1 + mu / r * (1 - exp(-s)))^-r. The trapezoid rule in log t is
@@ -113,6 +130,7 @@ def expected_log1p(mu: Tensor, r: Tensor, scale: Tensor | float) -> Tensor:
     """
     scale = torch.as_tensor(scale, dtype=mu.dtype, device=mu.device)
     total = mu.new_zeros(torch.broadcast_shapes(mu.shape, r.shape, scale.shape))
+    r = r.clamp_max(POISSON_SIZE)
     step, ratio, power = 0.75, mu / r, -r
     for i in range(-30, 5):
         t = math.exp(i * step)

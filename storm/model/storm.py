@@ -3,11 +3,15 @@
 In: a batch (storm.schema.BATCH). Out: a dict of tensors,
 
     log_composition [R, N, K]   log share of each loss gene in the counts of the region's target panel
-    log_dispersion  [R, N, K]   log size r of the negative binomial
+    log_dispersion  [R, N, K]   log size r of the negative binomial (likelihoods nb and zinb)
+    zero_logit      [R, N, K]   logit of a zero beside those of the negative binomial (zinb)
+    lognorm         [R, N, K]   log1p(1e4 * composition) (lognorm)
     depth_mean      [R, N]      slide-centred log density of counts, and
     depth_log_var   [R, N]      its log variance
     tile_stats      [R, C, S]   stain statistics, meant for hidden tiles
     embedding       [R, N, D]   the profile's vector, as exported
+    align_image, align_expression [R, N, A]   unit vectors of window and counts, and
+    align_scale     []          the scale of their products (with an align_width)
 
 Every module runs in every forward; what is absent is masked. Shapes: R regions, C tiles per region, T tiles packed,
 N profiles per region, K loss genes, S tile statistics, G vocabulary, D width of the level, F fusion width.
@@ -18,6 +22,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from storm.model.align import Align
 from storm.model.expression import BagEncoder, GeneEmbedding
 from storm.model.footprint import FootprintReader
 from storm.model.heads import Decoder, DepthHead, TileHead
@@ -92,6 +97,7 @@ class Storm(nn.Module):
             self.decoder = Decoder(config, n_genes)
             self.depth = DepthHead(config)
             self.tile_stats = TileHead(config)
+            self.align = Align(config) if config.align_width else None
         initialise(self, seed)
 
     @torch.no_grad()
@@ -103,7 +109,8 @@ class Storm(nn.Module):
         """See the module's docstring."""
         map_TPD, summary_TD = self.morphology(batch["tiles"], batch["tile_weight"])
         feature_RN2D, valid_RN2 = self.footprint(map_TPD, batch)
-        profiles_RND = self.fusion(feature_RN2D, valid_RN2, self.expression(self.genes, batch), batch)
+        expression_RNF, content_RNF = self.expression(self.genes, batch)
+        profiles_RND = self.fusion(feature_RN2D, valid_RN2, expression_RNF, batch)
 
         encoded_RC = batch["tile_present"] & ~batch["tile_hidden"]
         tiles_RCD = self._place(self.tile(summary_TD), batch["tile_slot"], encoded_RC)
@@ -111,15 +118,14 @@ class Storm(nn.Module):
         place_um_RL2 = torch.cat([batch["tile_pos_um"], batch["pos_um"]], dim=1)
         tiles_RCD, h_RND = self.space(tiles_RCD, profiles_RND, context_RL, place_um_RL2)
 
-        log_composition, log_dispersion = self.decoder(h_RND, self.genes(batch["genes"]), batch)
         depth_mean, depth_log_var = self.depth(h_RND, batch["platform"])
         return {
-            "log_composition": log_composition,
-            "log_dispersion": log_dispersion,
+            **self.decoder(h_RND, self.genes(batch["genes"]), batch),
             "depth_mean": depth_mean,
             "depth_log_var": depth_log_var,
             "tile_stats": self.tile_stats(tiles_RCD),
             "embedding": h_RND,
+            **(self.align(feature_RN2D[:, :, 1], content_RNF) if self.align else {}),
         }
 
     def _place(self, tile_TD: Tensor, slot_T: Tensor, encoded_RC: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from storm import files
-from storm.config import MASK_MODES, LossConfig
+from storm.config import MASK_MODES
 from storm.losses import TERMS
 from storm.schema import PLATFORMS
 
@@ -27,9 +27,9 @@ PARTS = (*TERMS, *(f"expr_{mode}" for mode in MASK_MODES))  # of a loss
 # Tag -> what it is. Dashboards and readers build on these names: a new one may come, none changes its meaning. Values
 # of perf, mem and data are of the steps since the last record, over all ranks.
 TAGS = {
-    "train/loss": "weighted sum of the terms, over the global batch",
+    "train/loss": "sum of the terms with the weights of the step, over the global batch",
     **{f"train/loss/{part}": f"mean of {part} over the global batch; null where none was asked" for part in PARTS},
-    "val/loss": "as train/loss, on held-out donors",
+    "val/loss": "sum of the terms with the weights of the last step, on held-out donors",
     **{f"val/{part}": f"as train/loss/{part}, on held-out donors" for part in PARTS},
     "val/pearson": "H&E alone: Pearson within a section, mean over genes of high expression and over sections",
     "perf/profiles_per_s": "profiles per second",
@@ -51,11 +51,11 @@ TAGS = {
 
 
 def means(
-    total: dict[str, float], count: dict[str, float], weight: LossConfig
+    total: dict[str, float], count: dict[str, float], weight: dict[str, float]
 ) -> tuple[float, dict[str, float | None]]:
     """The loss and its PARTS from sums and counts over the whole batch; None where nothing was asked."""
     parts = {part: total[part] / count[part] if count[part] else None for part in PARTS}
-    return sum(getattr(weight, term) * (parts[term] or 0.0) for term in TERMS), parts
+    return sum(weight[term] * (parts[term] or 0.0) for term in TERMS), parts
 
 
 def tagged(prefix: str, loss: float, parts: dict[str, float | None]) -> dict[str, float | None]:

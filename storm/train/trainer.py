@@ -252,15 +252,15 @@ class Trainer:
 
         The counts come first and from the batches alone, so each micro-batch knows its share of the mean.
         """
-        counts = self._counts(micro)
+        counts, weight, negatives = self._counts(micro), self.weights(), self.config.loss.align_over
         self.meter.start()
         sums: dict[str, Tensor] = {}
         self.partial: list[dict[str, Tensor]] = []  # each micro-batch's sums, to name a fault
         for i, batch in enumerate(micro):
             batch = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
             outputs = self.engine.forward(batch)
-            found = {name: total for name, (total, _) in losses.terms(outputs, batch).items()}
-            share = [self._weight(name) * found[name] / counts[name].clamp_min(1) for name in TERMS]
+            found = {name: total for name, (total, _) in losses.terms(outputs, batch, negatives).items()}
+            share = [weight[name] * found[name] / counts[name].clamp_min(1) for name in TERMS]
             if last := i + 1 == len(micro):
                 self.meter.arrive()
             self.engine.backward(torch.stack(share).sum(), last)
@@ -272,15 +272,17 @@ class Trainer:
                 sums[name] = sums.get(name, 0) + total.detach().double()
         return self._means(sums, counts)
 
-    def _weight(self, term: str) -> float:
-        return float(getattr(self.config.loss, term))
+    def weights(self) -> dict[str, float]:
+        """The weight of each term in the step that comes."""
+        return losses.weights(self.config.loss, self.step, self.config.optim.steps)
 
     def _counts(self, micro: list[Batch]) -> dict[str, Tensor]:
         """Each term's count over all micro-batches and ranks; left on the device, so that nothing waits for it.
 
         What asks the ranks to stop goes into the same sum, and is read with the losses: it costs no other wait.
         """
-        own = torch.stack([torch.stack(list(losses.counts(batch).values())) for batch in micro]).sum(0)
+        lacks, negatives = losses.absent(self.config.model), self.config.loss.align_over
+        own = torch.stack([torch.stack(list(losses.counts(b, lacks, negatives).values())) for b in micro]).sum(0)
         votes = torch.tensor(self.requests.votes(), dtype=own.dtype)
         with self.world.progress.waiting("the other ranks"):
             total = engine.sum_over_ranks(torch.cat([own, votes]).to(self.world.device))
@@ -296,7 +298,7 @@ class Trainer:
         self.requests.decide(votes)
         names = [*sums, *(f"count_{name}" for name in TERMS)]
         found = dict(zip(names, values, strict=True))
-        return means(found, {part: found[f"count_{part}"] for part in PARTS}, self.config.loss)
+        return means(found, {part: found[f"count_{part}"] for part in PARTS}, self.weights())
 
     def _explain(self, norm: float, micro: list[Batch]) -> str:
         """Which ranks, terms and groups are not finite; the same text on every rank."""
@@ -328,7 +330,7 @@ class Trainer:
         for term in TERMS:
 
             def total(outputs: dict[str, Tensor], term: str = term) -> Tensor:
-                return losses.terms(outputs, batch)[term][0]
+                return losses.terms(outputs, batch, self.config.loss.align_over)[term][0]
 
             found[f"gradient of {term}"] = self.engine.own_norm(batch, total)
         return found

@@ -103,7 +103,7 @@ class Validation:
         ]
         batch = self._moved(collate(read, views, self._spec, self._genes))
         outputs = training.forward(batch)
-        found = losses.terms(outputs, batch)
+        found = losses.terms(outputs, batch, self._config.loss.align_over)
         found |= {f"expr_{mode}": term for mode, term in losses.expr_by_mode(outputs, batch).items()}
         return {part: found[part][0] for part in PARTS} | {f"count_{part}": found[part][1] for part in PARTS}
 
@@ -127,7 +127,9 @@ class Validation:
     def _metrics(self, sums: dict[str, Tensor], moments: Tensor) -> dict[str, float | None]:
         whole = engine.sum_over_ranks(torch.cat([torch.stack(list(sums.values())), moments.flatten()])).cpu()
         found = dict(zip(sums, whole.tolist(), strict=False))
-        loss, parts = means(found, {part: found[f"count_{part}"] for part in PARTS}, self._config.loss)
+        steps = self._config.optim.steps
+        last = losses.weights(self._config.loss, steps, steps)  # of all terms: no step of the schedule bends the curve
+        loss, parts = means(found, {part: found[f"count_{part}"] for part in PARTS}, last)
         return tagged("val", loss, parts) | {"val/pearson": mean_pearson(whole[len(sums) :].view(moments.shape))}
 
 

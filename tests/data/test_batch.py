@@ -210,6 +210,28 @@ def test_values_by_hand() -> None:
     assert float(batch["depth_target"][0, 0]) == pytest.approx(np.log(12 / area) + 1.5, abs=1e-6)
 
 
+def test_who_has_a_part_in_the_contrast_and_how_many_are_far() -> None:
+    """Pair by pair in the slide's frame, whatever flips and turns do to the region's; without tiles nobody."""
+    for index, mode in enumerate(("in_context", "gene_level", "gene_only") * 4):
+        group = samples.group(20 + index)
+        view = drawn(group, only(mode, hide_tiles=0.5), index)
+        batch = collate([samples.group(1, regions=1), group], [plain_view(samples.group(1, regions=1), False), view],
+                        samples.spec())  # fmt: skip
+        shown = np.zeros(24, bool)
+        shown[np.repeat(np.arange(24), np.diff(group.profiles.indptr))[view.entry]] = True
+        xy = group.profiles.xy_um
+        for i in range(24):
+            origin = np.array(group.meta.regions[group.region[i]].origin_um)
+            col, row = ((xy[i] - origin) // samples.TILE_UM).astype(int)
+            shown[i] &= (group.region[i], row, col) in group.tiles.keys() - view.hidden_tiles
+        apart = np.linalg.norm(xy[:, None] - xy[None], axis=-1) >= 150
+        expected = np.where(shown, (apart & shown).sum(1), -1)
+        assert batch["negatives"][1:].flatten().tolist() == expected.tolist()
+        assert (batch["negatives"][0] == -1).all()  # nothing visible there
+        np.testing.assert_allclose(batch["place_um"][1:].flatten(0, 1).numpy(), xy - [0, 500], atol=1e-3)
+        assert (expected > 0).any() == (mode == "gene_level") or mode == "in_context"
+
+
 def test_thinning_keeps_a_share_of_the_molecules_and_leaves_targets() -> None:
     group = samples.group(8)
     mask = only("gene_level", thinning=1.0, panel_subsampling=0.0)

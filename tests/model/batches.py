@@ -8,12 +8,12 @@ from torch import Tensor
 
 from storm.model.storm import Storm
 from storm.presets import ModelConfig
-from storm.schema import BATCH, PLATFORMS, TILE_STATS
+from storm.schema import APART_UM, BATCH, PLATFORMS, TILE_STATS
 
 Batch = dict[str, Tensor]
 CONFIG = ModelConfig(
     tile_px=32, tile_mpp=1.0, patch_px=8, image_width=16, gene_width=16, fusion_width=32, space_width=32, head_width=8,
-    organs=("breast", "colon"),
+    align_width=8,    organs=("breast", "colon"),
 )  # fmt: skip
 N_GENES = 40
 
@@ -32,6 +32,7 @@ def make_batch(
     tiles(out, rng, regions, side, hidden_tiles if images else side * side, config)
     profiles(out, rng, regions, side * config.tile_um, n)
     counts(out, rng, regions, n, k)
+    contrast(out, regions)
     assert out.keys() == BATCH.keys()
     return {name: torch.from_numpy(np.asarray(out[name]).astype(dtype)) for name, (dtype, _) in BATCH.items()}
 
@@ -92,6 +93,14 @@ def counts(out: dict, rng: np.random.Generator, regions: int, n: int, k: int) ->
     out["target_log_depth"] = np.where(out["profile"], math.log(100), 0)
     out["depth_target"] = rng.normal(size=(regions, n))
     out["depth_mask"] = out["wholly_hidden"]
+
+
+def contrast(out: dict, regions: int) -> None:
+    """Regions of other groups are 10 mm apart; profiles that show a gene have a part."""
+    out["place_um"] = (out["xy_um"] + 1e4 * np.arange(regions)[:, None, None]).astype(np.float32)
+    part = out["visible"] & (out["input_log_genes"] > 0)
+    apart = np.linalg.norm(out["place_um"][:, :, None] - out["place_um"][:, None], axis=-1) >= APART_UM
+    out["negatives"] = np.where(part, (apart & part[:, None]).sum(-1), -1)
 
 
 def awake(model: Storm, scale: float = 0.3) -> Storm:

@@ -11,7 +11,7 @@ from storm import losses
 from storm.model import flops
 from storm.model import storm as whole
 from storm.model.storm import Storm
-from storm.presets import ModelConfig, resolve_model
+from storm.presets import LIKELIHOODS, ModelConfig, resolve_model
 from tests.model.batches import CONFIG, Batch, make_batch
 
 LEVELS = ["morphology", "expression", "space", "heads"]
@@ -47,6 +47,12 @@ def test_sizes_without_padding_are_those_of_the_samples() -> None:
     assert padded == flops.Sizes(6, 8, 12, 28, 20, 28 * 10, 12)
     dark = make_batch(regions=2, side=2, n=6, k=12, images=False)
     assert flops.sizes(dark, 4).tiles == 0 and flops.sizes(dark, 4, padded=True).tiles == 1  # the dummy
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_parameters_of_a_likelihood(likelihood: str) -> None:
+    config = dataclasses.replace(preset("tiny"), likelihood=likelihood, align_width=8)
+    assert sum(flops.parameters(config, 30).values()) == sum(p.numel() for p in Storm(config, 30).parameters())
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "large"])

@@ -1,5 +1,6 @@
 """Decoder arithmetic, bounds of the heads, and the expected log1p of a count."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from storm.model.heads import Decoder, DepthHead, expected_log1p, log_area, log_partition, soft_clamp
+from storm.model.heads import (
+    START_ZERO_LOGIT,
+    Decoder,
+    DepthHead,
+    expected_log1p,
+    log_area,
+    log_partition,
+    soft_clamp,
+)  # fmt: skip
 from storm.schema import DISC, PLATFORMS, SQUARE
 from tests.model.batches import CONFIG, N_GENES, Batch, double, make_batch
 
@@ -21,10 +30,12 @@ def decoder(seed: int = 0) -> Decoder:
 
 
 def asked(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, gene rows, log composition, log dispersion."""
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(2, 6, 32, generator=generator, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(len(batch["genes"]), 16, generator=generator, dtype=torch.float64, requires_grad=True)
-    return h, rows, *model(h, rows, batch)
+    found = model(h, rows, batch)
+    return h, rows, found["log_composition"], found["log_dispersion"]
 
 
 def test_composition_equals_its_formula() -> None:
@@ -46,6 +57,23 @@ def test_composition_equals_its_formula() -> None:
         shift = shift + (model.dispersion.weight[0, platform - 1] if platform else 0)
         expected = soft_clamp(model.gene_dispersion.weight[gene[k], 0] + shift, 7.0)
         torch.testing.assert_close(log_dispersion[r, n, k], expected)
+
+
+def test_each_likelihood_has_what_it_needs_and_no_more() -> None:
+    batch, expected = double(make_batch()), {"poisson": set(), "nb": {"log_dispersion"}, "lognorm": {"lognorm"}}
+    expected |= {"zinb": {"log_dispersion", "zero_logit"}}
+    for likelihood, more in expected.items():
+        model = Decoder(dataclasses.replace(CONFIG, likelihood=likelihood), N_GENES).double()
+        h, rows = torch.randn(2, 6, 32).double(), torch.randn(12, 16).double()
+        found = model(h, rows, batch)
+        assert found.keys() == {"log_composition"} | more
+        assert all(x.shape == (2, 6, 12) for x in found.values())
+        torch.stack([x.sum() for x in found.values()]).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        if likelihood == "zinb":
+            assert torch.equal(found["zero_logit"], torch.full((2, 6, 12), START_ZERO_LOGIT).double())
+        if likelihood == "lognorm":
+            torch.testing.assert_close(found["lognorm"], torch.log1p(1e4 * found["log_composition"].exp()))
 
 
 def test_composition_over_the_panel_sums_to_one() -> None:
@@ -130,3 +158,11 @@ def test_expected_log1p_equals_sampling() -> None:
     sampled = np.log1p(scale[:, :, None] * counts.T[None]).mean(-1)
     found = expected_log1p(torch.from_numpy(mu), torch.from_numpy(r), torch.from_numpy(scale))
     np.testing.assert_allclose(found.numpy(), sampled, rtol=0.01)
+
+
+@pytest.mark.parametrize("mu", [1e-4, 0.3, 4.0, 80.0])
+def test_expected_log1p_of_a_poisson(mu: float) -> None:
+    x = torch.arange(2000, dtype=torch.float64)
+    exact = float(((x * math.log(mu) - mu - torch.lgamma(x + 1)).exp() * torch.log1p(2 * x)).sum())
+    found = expected_log1p(torch.tensor(mu), torch.tensor(math.inf), 2.0)
+    assert float(found) == pytest.approx(exact, rel=1e-4)

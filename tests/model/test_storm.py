@@ -8,9 +8,10 @@ from torch import Tensor
 
 from storm import losses
 from storm.model.storm import Storm
+from storm.presets import LIKELIHOODS
 from tests.model.batches import CONFIG, N_GENES, Batch, awake, choose_profiles, double, make_batch, pad_tiles
 
-PROFILE_OUTPUTS = ("log_composition", "log_dispersion", "depth_mean", "depth_log_var", "embedding")
+PROFILE_OUTPUTS = ("log_composition", "log_dispersion", "depth_mean", "depth_log_var", "embedding", "align_image")
 
 
 def backward(model: Storm, batch: Batch) -> dict[str, Tensor]:
@@ -31,6 +32,9 @@ def test_shapes(model: Storm, batch: Batch) -> None:
         "depth_log_var": (2, 6),
         "tile_stats": (2, 4, 6),
         "embedding": (2, 6, 32),
+        "align_image": (2, 6, 8),
+        "align_expression": (2, 6, 8),
+        "align_scale": (),
     }
     assert all(torch.isfinite(x).all() for x in out.values())
 
@@ -38,6 +42,7 @@ def test_shapes(model: Storm, batch: Batch) -> None:
 def test_targets_are_no_input(model: Storm, batch: Batch) -> None:
     """The model runs without them, bit for bit."""
     unread = {"target_count", "target_mask", "target_log_depth", "depth_target", "depth_mask", "tile_target"}
+    unread |= {"place_um", "negatives"}
     unread |= {"query", "wholly_hidden", "profile", "mode", "region_group"}
     blind = model({name: x for name, x in batch.items() if name not in unread})
     assert all(torch.equal(x, blind[name]) for name, x in model(batch).items())
@@ -81,7 +86,8 @@ def test_a_hidden_tile_is_asked_and_informs_nobody(model: Storm, batch: Batch) -
 def test_padding_changes_nothing(model: Storm, batch: Batch) -> None:
     plain, padded = model(batch), model(pad_tiles(choose_profiles(batch, [0, 1, 2, 3, 4, 5, -1, -1, -1]), 3))
     for name, x in plain.items():
-        torch.testing.assert_close(padded[name][:, : x.shape[1]], x, rtol=1e-5, atol=1e-5)
+        found = padded[name][:, : x.shape[1]] if x.ndim else padded[name]
+        torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
 
 
 def test_regions_do_not_mix(model: Storm) -> None:
@@ -89,7 +95,8 @@ def test_regions_do_not_mix(model: Storm) -> None:
     batch = make_batch(regions=1)
     twice = model(two_of(batch))
     for name, x in model(batch).items():
-        torch.testing.assert_close(twice[name], torch.cat([x, x]), rtol=1e-5, atol=1e-5)
+        if x.ndim:
+            torch.testing.assert_close(twice[name], torch.cat([x, x]), rtol=1e-5, atol=1e-5)
 
 
 def two_of(batch: Batch) -> Batch:
@@ -99,6 +106,14 @@ def two_of(batch: Batch) -> Batch:
     out["tile_slot"][len(batch["tiles"]) :] += batch["tile_present"].shape[1]
     out["input_offsets"][len(batch["input_offsets"]) :] += len(batch["input_gene"])
     return out
+
+
+@pytest.mark.parametrize("likelihood", [name for name in LIKELIHOODS if name != "nb"])
+def test_every_likelihood_gives_every_parameter_a_gradient_but_no_unmeasured_gene(
+    batch: Batch, likelihood: str
+) -> None:
+    model = awake(Storm(dataclasses.replace(CONFIG, likelihood=likelihood), N_GENES))
+    unmeasured_genes_have_no_gradient(model, batch)
 
 
 @pytest.mark.parametrize("hidden_tiles", [0, 1])
@@ -112,10 +127,18 @@ def test_every_parameter_has_a_gradient(model: Storm, images: bool, hidden_tiles
 
 
 def test_an_unmeasured_gene_has_exactly_no_gradient(model: Storm, batch: Batch) -> None:
+    unmeasured_genes_have_no_gradient(model, batch)
+    unmeasured_genes_have_no_gradient(model, make_batch(n=160))  # where corr has a part as well
+    assert losses.counts(make_batch(n=160))["corr"] > 0 == losses.counts(batch)["corr"]
+
+
+def unmeasured_genes_have_no_gradient(model: Storm, batch: Batch) -> None:
     grads = backward(model, batch)
     asked = torch.zeros(N_GENES, dtype=torch.bool)
     asked[batch["genes"][(batch["gene_weight"] > 0).any(0)]] = True
-    for name in ("decoder.gene_bias.weight", "decoder.platform_bias.weight", "decoder.gene_dispersion.weight"):
+    tables = {name for name, grad in grads.items() if name.startswith("decoder.") and len(grad) == N_GENES}
+    assert {"decoder.gene_bias.weight", "decoder.platform_bias.weight"} <= tables
+    for name in tables:
         assert not grads[name][~asked].any() and grads[name][asked].any()
     asked[batch["input_gene"]] = True
     assert not asked.all() and not grads["genes.weight"][~asked].any()
