@@ -37,6 +37,20 @@ def test_numbers_out_of_range_are_named_by_key(word: str) -> None:
         config.load(RunConfig, None, ["run_dir=r", "data.shards=s", word])
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.likelihood=nbb", r"model\.likelihood='nbb' is unknown \(nearest: nb\)"),
+        ("model.align_width=-1", r"model\.align_width=-1 must be 0 or more"),
+        ("loss.align_over=rank", "'group' or 'batch'"),
+        ("loss.corr_from=1.5", "less than or equal to 1"),
+    ],
+)
+def test_faults_of_likelihood_and_losses(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.load(RunConfig, None, ["run_dir=r", "data.shards=s", word])
+
+
 def test_faults_of_a_file_name_it(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("mask: {image_olny: 0.5}\nrun_dir: r\ndata: {shards: s}\n")

@@ -1,5 +1,7 @@
 """Inference: what is asked, in which company and in how many chunks changes no answer; neither do hidden counts."""
 
+import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,33 @@ def test_a_prediction_sums_to_its_depth_over_the_reference_panel(slide: Slide, p
     close(whole.mu.sum(1) / np.exp(whole.log_depth), 1)
     assert whole.composition.std(0).max() > 1e-4  # the pixels matter, so the tests below can fail
     assert np.isfinite(whole.lognorm()).all() and np.isfinite(whole.raw()).all()
+
+
+def test_a_prediction_follows_the_likelihood(pretrained: export.Pretrained, slide: Slide, tmp_path: Path) -> None:
+    """The noise that a model has not learned is not made up: Poisson, or none."""
+    found = {"nb": inference.predict(pretrained, slide)}
+    for likelihood in ("poisson", "zinb", "lognorm"):
+        run = untrained.write_checkpoint(tmp_path / likelihood, likelihood=likelihood)
+        other = export.load(export.export(run, tmp_path / f"{likelihood}_model"))
+        found[likelihood] = inference.predict(other, slide)
+    assert all(np.isfinite(p.lognorm()).all() and np.isfinite(p.raw()).all() for p in found.values())
+    assert np.isfinite(found["nb"].dispersion).all() and not found["nb"].zeros.any()
+    poisson = found["poisson"]
+    assert np.isinf(poisson.dispersion).all()
+    counts, mu = np.arange(400.0), float(poisson.mu[0, 0])
+    log_p = counts * np.log(mu) - mu - np.array([math.lgamma(k + 1) for k in counts])
+    assert poisson.raw()[0, 0] == pytest.approx((np.exp(log_p) * np.log1p(counts)).sum(), rel=1e-4)
+    lognorm = found["lognorm"]
+    assert np.isnan(lognorm.dispersion).all()
+    np.testing.assert_array_equal(lognorm.lognorm(), np.log1p(np.float32(1e4) * lognorm.composition))
+    np.testing.assert_array_equal(lognorm.raw(), np.log1p(lognorm.mu))
+    zinb = found["zinb"]
+    assert (zinb.zeros > 0.01).all() and np.isfinite(zinb.dispersion).all()
+    close(
+        zinb.mu / (np.exp(zinb.log_depth)[:, None] * zinb.composition), np.broadcast_to(1 - zinb.zeros, zinb.mu.shape)
+    )
+    one = inference.Prediction(*(getattr(zinb, field.name) for field in dataclasses.fields(zinb)[:-1]), 0 * zinb.zeros)
+    close(zinb.raw(), one.raw() * (1 - zinb.zeros))
 
 
 def test_one_gene_alone_is_itself_among_all(slide: Slide, pretrained: export.Pretrained) -> None:

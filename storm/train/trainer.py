@@ -327,7 +327,7 @@ class Trainer:
         """The norm of each term's own gradient for one micro-batch of this rank, computed again; all must call it."""
         batch = {name: tensor.to(self.world.device) for name, tensor in batch.items()}
         found = {}
-        for term in TERMS:
+        for term in [term for term in TERMS if term not in losses.absent(self.config.model)]:
 
             def total(outputs: dict[str, Tensor], term: str = term) -> Tensor:
                 return losses.terms(outputs, batch, self.config.loss.align_over)[term][0]

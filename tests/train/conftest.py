@@ -8,6 +8,7 @@ import pytest
 
 from storm.train import engine
 from storm.train.trainer import Trainer
+from tests.conftest import PREP_TINY
 from tests.train import jobs, runs
 
 
@@ -36,7 +37,20 @@ def alone(tiny_shards: Path, world: engine.World, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
-def two(alone: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+def wide_shards(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shard set of the tiny store with a group per slide, one of which has the 64 profiles of corr and align."""
+    from data_prep import pack
+
+    folder = tmp_path_factory.mktemp("wide") / "shards"
+    words = ["--store", str(tiny_store), "--out", str(folder), "--config", str(PREP_TINY), "min_profiles=112"]
+    assert pack.main(words) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two(
+    alone: Path, tiny_shards: Path, wide_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
     """stage -> folder of `runs.main` by two ranks, where `other` began on one rank in ZeRO 1."""
     done: dict[int, Path] = {}
 
@@ -44,6 +58,7 @@ def two(alone: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory
         if stage not in done:
             folder = done[stage] = tmp_path_factory.mktemp(f"stage{stage}")
             runs.carry(alone, folder / "other")
+            (folder / "wide").symlink_to(wide_shards)
             words = runs.words(tiny_shards, folder, 1, *runs.KEEP, f"engine.zero_stage={stage}", runs.DIVIDED)
             jobs.Ranks(["-m", "tests.train.runs", str(folder), *words], 2, folder / "out.txt").wait()
         return done[stage]

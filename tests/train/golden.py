@@ -11,7 +11,7 @@ from storm import files
 
 PATH = Path(__file__).resolve().parents[1] / "golden" / "loss_tiny_cpu.txt"
 TAGS = {
-    "loss": "train/loss", **{term: f"train/loss/{term}" for term in ("expr", "depth", "image")},
+    "loss": "train/loss", **{term: f"train/loss/{term}" for term in ("expr", "depth", "image", "spatial")},
     "grad_norm": "optim/grad_norm",
 }  # fmt: skip
 

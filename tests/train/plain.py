@@ -52,12 +52,12 @@ def train(config: RunConfig) -> Twin:
     curve, dark = [], []
     for step in range(config.optim.steps):
         batches = [stream[item] for item in range(step * data.global_batch_size, (step + 1) * data.global_batch_size)]
-        total = torch.zeros(())
+        total, weights = torch.zeros(()), losses.weights(config.loss, step, config.optim.steps)
         for batch in batches:
             found = losses.terms(model(batch), batch)
             for term, (value, _) in found.items():
-                count = sum(float(losses.counts(other)[term]) for other in batches)
-                total = total + getattr(config.loss, term) * value / max(1.0, count)
+                count = sum(float(losses.counts(other, losses.absent(sizes))[term]) for other in batches)
+                total = total + weights[term] * value / max(1.0, count)
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         for group in optimizer.param_groups:

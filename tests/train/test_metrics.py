@@ -14,11 +14,11 @@ from storm.train import engine, meter, metrics
 from storm.train.meter import Meter
 from tests.model.batches import CONFIG, make_batch
 
-LOSSES = ["loss", "loss/expr", "loss/depth", "loss/image"]
+TERMS = ["expr", "depth", "image", "corr", "spatial", "align", "anchor"]
 MODES = ["image_only", "in_context", "gene_level", "gene_only"]
 FROZEN = [
-    *(f"train/{name}" for name in LOSSES), *(f"train/loss/expr_{mode}" for mode in MODES),
-    "val/loss", "val/expr", "val/depth", "val/image", *(f"val/expr_{mode}" for mode in MODES), "val/pearson",
+    "train/loss", *(f"train/loss/{term}" for term in TERMS), *(f"train/loss/expr_{mode}" for mode in MODES),
+    "val/loss", *(f"val/{term}" for term in TERMS), *(f"val/expr_{mode}" for mode in MODES), "val/pearson",
     "perf/profiles_per_s", "perf/tiles_per_s", "perf/mfu", "perf/step_s", "perf/checkpoint_s",
     "perf/data_wait", "perf/data_wait_worst", "perf/rank_skew",
     "mem/device_peak_bytes", "mem/host_resident_bytes", "optim/lr", "optim/grad_norm",

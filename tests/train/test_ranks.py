@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from storm import checkpoints
+from storm.config import RunConfig, load
+from storm.losses import TERMS
 from storm.train import engine
 from storm.train.trainer import FINISHED, Trainer
 from tests.train import jobs, plain, runs
@@ -46,6 +48,16 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(
     with np.load(two(stage) / "first.npz") as arrays:
         found = {name: arrays[name] for name in arrays.files}
     agree(runs.first_step(runs.kept(tiny_shards, tmp_path), world), found)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_have_the_losses_and_gradients_of_one_with_all_terms_on(
+    two: Callable, wide_shards: Path, world: engine.World, tmp_path: Path, stage: int
+) -> None:
+    with np.load(two(stage) / "all_terms.npz") as arrays:
+        found = {name: arrays[name] for name in arrays.files}
+    assert all(np.isfinite(found[term]) for term in TERMS if term != "anchor")
+    agree(runs.first_step(load(RunConfig, None, runs.all_terms(wide_shards, tmp_path, 1)), world), found)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -266,8 +266,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(
 ) -> None:
     honest = losses.terms
 
-    def broken(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, losses.Term]:
-        found = honest(outputs, batch)
+    def broken(outputs: dict[str, Tensor], batch: dict[str, Tensor], align_over: str) -> dict[str, losses.Term]:
+        found = honest(outputs, batch, align_over)
         return found | {"depth": (found["depth"][0] * torch.nan, found["depth"][1])}
 
     monkeypatch.setattr(losses, "terms", broken)
@@ -307,8 +307,8 @@ def test_a_gradient_that_is_not_finite_stops_too(
     trainer.start("never")
     wrong, honest = trainer.stream[1]["target_log_depth"], losses.terms
 
-    def broken(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, losses.Term]:
-        found = honest(outputs, batch)
+    def broken(outputs: dict[str, Tensor], batch: dict[str, Tensor], align_over: str) -> dict[str, losses.Term]:
+        found = honest(outputs, batch, align_over)
         return runs.steep(found) if torch.equal(batch["target_log_depth"], wrong) else found
 
     monkeypatch.setattr(losses, "terms", broken)
@@ -354,6 +354,30 @@ def test_accumulation_changes_neither_losses_nor_gradients(
     )
     for other in (two, four):
         agree(one, other)
+
+
+def test_accumulation_changes_nothing_with_all_terms_on(
+    wide_shards: Path, world: engine.World, tmp_path: Path
+) -> None:
+    at_once, one_by_one = (
+        runs.first_step(load(RunConfig, None, runs.all_terms(wide_shards, tmp_path, micro)), world) for micro in (8, 1)
+    )
+    assert all(np.isfinite(at_once[term]) for term in losses.TERMS if term != "anchor")
+    agree(at_once, one_by_one)
+
+
+def test_terms_begin_when_the_config_says(wide_shards: Path, world: engine.World, tmp_path: Path) -> None:
+    """The loss of a step is that of its terms with the weights of the step; a term that has not begun moves nothing."""
+    config = load(RunConfig, None, runs.all_terms(wide_shards, tmp_path, 8))
+    late = config.model_copy(update={"loss": config.loss.model_copy(update={"corr_from": 0.5, "align_from": 0.5})})
+    without = config.model_copy(update={"loss": config.loss.model_copy(update={"corr": 0.0, "align": 0.0})})
+    found = [runs.first_step(one, world) for one in (config, late, without)]
+    for terms, begun in zip(found, (1, 0, 0), strict=True):
+        weights = {"expr": 1, "depth": 0.1, "image": 0.2, "spatial": 0.5, "corr": 0.1 * begun, "align": 0.05 * begun}
+        assert terms["loss"] == pytest.approx(sum(weights[term] * np.nan_to_num(terms[term]) for term in weights))
+    assert all(np.array_equal(found[1][name], found[2][name], equal_nan=True) for name in found[1])
+    aligned = {name for name in found[0] if name.startswith("align.")}
+    assert len(aligned) == 3 and all(found[0][name].any() and not found[1][name].any() for name in aligned)
 
 
 def agree(one: dict[str, np.ndarray], other: dict[str, np.ndarray], relative: float = 1e-5) -> None:
