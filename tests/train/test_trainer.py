@@ -356,9 +356,7 @@ def test_accumulation_changes_neither_losses_nor_gradients(
         agree(one, other)
 
 
-def test_accumulation_changes_nothing_with_all_terms_on(
-    wide_shards: Path, world: engine.World, tmp_path: Path
-) -> None:
+def test_accumulation_changes_nothing_with_all_terms_on(wide_shards: Path, world: engine.World, tmp_path: Path) -> None:
     at_once, one_by_one = (
         runs.first_step(load(RunConfig, None, runs.all_terms(wide_shards, tmp_path, micro)), world) for micro in (8, 1)
     )
