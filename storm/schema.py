@@ -32,6 +32,7 @@ KINDS = ("spot", "bin", "cell")  # of a profile
 SPLITS = ("train", "val", "test")
 # Footprint kinds; footprint_um is the disc's diameter, the square's side, or that of a disc as large as the polygon.
 DISC, SQUARE, POLYGON = 0, 1, 2
+FOOTPRINT_SIDE = 8  # points along the side of a footprint's lattice; data.outline says why 8
 # What is known of a tile's quality, per tile: shares of the tile that are tissue, inside the slide, pen, black and
 # white, the mean saturation in 0..1, and the variance of the Laplacian (low = out of focus).
 TILE_QUALITY = ("tissue", "inside", "pen", "black", "white", "saturation", "sharpness")
@@ -48,7 +49,7 @@ _TILE_MEMBER = re.compile(r"g(\d+)r(\d+)c(\d+)\.jpg")
 
 # The batch: a dict of tensors that data/batch.py makes and the model and the losses read; name -> (dtype, shape).
 # B groups, R regions of all groups, C tiles per region (padded), T tiles packed, N profiles per region (padded),
-# K loss genes, Z visible (profile, gene) entries, S tile statistics, px tile side.
+# K loss genes, Z visible (profile, gene) entries, S tile statistics, F points along a footprint, px tile side.
 BATCH = {
     "tiles": ("uint8", "T px px 3"),  # packed pixels of the encoded tiles; one dummy where a batch has none
     "tile_weight": ("float32", "T"),  # 1, or 0 for the dummy
@@ -68,8 +69,9 @@ BATCH = {
     "wholly_hidden": ("bool", "R N"),  # all of its genes are hidden
     "xy_um": ("float32", "R N 2"),  # centre in the region's frame (origin top-left, x right, y down), for sampling
     "pos_um": ("float32", "R N 2"),  # centre for the position code, centred per region, may be rotated and scaled
-    "footprint_um": ("float32", "R N"),  # disc diameter or square side as the geometry uses it
-    "footprint_kind": ("int64", "R N"),  # DISC or SQUARE
+    "footprint_um": ("float32", "R N"),  # side of the square of each profile's lattice of points (data.outline)
+    "footprint_points": ("bool", "R N F F"),  # which points of the lattice (row, column) lie in the footprint
+    "log_area": ("float32", "R N"),  # log um2 of the footprint; 0 where there is no profile
     "footprint_input": ("float32", "R N"),  # log size fed to the model, jittered in training
     "input_gene": ("int64", "Z"),  # vocabulary index of a visible measured gene with count > 0
     "input_value": ("float32", "Z"),  # v = log1p(count * scale / visible depth)

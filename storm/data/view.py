@@ -46,6 +46,7 @@ class View:
     scale: float = 1.0
     stain: npt.NDArray[np.float64] | None = None  # [3] factor on the optical density of R, G, B
     size_factor: npt.NDArray[np.float64] | None = None  # [N] on the footprint size that is fed
+    grow_um: npt.NDArray[np.float64] | None = None  # [N] on the radii of each polygon; NaN: a disc in its place
     tell_platform: bool = True
     tell_organ: bool = True
 
@@ -92,7 +93,7 @@ def draw_view(group: Group, mask: MaskConfig, rng: np.random.Generator, panel: M
     entry, count = _thin(group.profiles, visible, visible_genes, mask.thinning, rng)
     return View(
         mode, visible, query, visible_genes, hidden_genes, entry, count, hidden_tiles, flip, turns,
-        angle if jitter else 0.0, scale if jitter else 1.0, stain, size, tell_platform, tell_organ,
+        angle if jitter else 0.0, scale if jitter else 1.0, stain, size, None, tell_platform, tell_organ,
     )  # fmt: skip
 
 
