@@ -152,6 +152,7 @@ class Profiles:
     count: npt.NDArray[np.int32]  # [nnz], > 0
     polygon_indptr: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [N + 1]
     polygon_um: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 2), np.float32))  # [V, 2]
+    pooled_um2: npt.NDArray[np.float64] | None = None  # [N] of the cells or bins that were pooled; never stored
 
     def __post_init__(self) -> None:
         """Without polygons every profile has none."""
@@ -173,6 +174,11 @@ class Profiles:
         side = self.footprint_um.astype(np.float64)
         return np.where(self.footprint_kind == SQUARE, 1.0, np.pi / 4) * side**2
 
+    @property
+    def counted_um2(self) -> npt.NDArray[np.float64]:
+        """[N] areas whose molecules were counted: of the footprint, or of the cells or bins that were pooled to it."""
+        return self.area_um2 if self.pooled_um2 is None else self.pooled_um2
+
     def take(self, rows: npt.NDArray[np.int64]) -> "Profiles":
         """The profiles at `rows`, in that order."""
         indptr, entries = spans(self.indptr, rows)
@@ -184,6 +190,7 @@ class Profiles:
         return Profiles(
             [self.ids[r] for r in rows], self.xy_um[rows], self.footprint_um[rows], self.footprint_kind[rows],
             *counts, polygon_indptr, self.polygon_um[vertices],
+            None if self.pooled_um2 is None else self.pooled_um2[rows],
         )  # fmt: skip
 
 
@@ -202,15 +209,17 @@ def slide_log_density(depth: npt.NDArray[np.integer], area_um2: npt.NDArray[np.f
     return float(np.mean(np.log(depth[some] / area_um2[some]))) if some.any() else 0.0
 
 
+TileData = bytes | npt.NDArray[np.uint8]  # a JPEG (or a view of it), or the pixels of a tile that was cut again
+
+
 @dataclass
 class Group:
-    """One sample: k regions of one slide. `tiles[(g, row, col)]` are JPEG bytes or views of them; `region` is g of each
-    profile."""
+    """One sample: k regions of one slide. `tiles[(g, row, col)]` are JPEGs or pixels; `region` is g of each profile."""
 
     meta: GroupMeta
     profiles: Profiles
     region: npt.NDArray[np.int32]  # [N]
-    tiles: dict[tuple[int, int, int], bytes] = field(default_factory=dict)
+    tiles: Mapping[tuple[int, int, int], TileData] = field(default_factory=dict)
 
 
 def check_slide_id(slide_id: str) -> str:
@@ -289,7 +298,8 @@ def encode(group: Group) -> list[tuple[str, bytes]]:
         "footprint_kind": p.footprint_kind, "indptr": p.indptr, "gene": p.gene, "count": p.count,
         "polygon_indptr": p.polygon_indptr, "polygon_um": p.polygon_um, "ids": pack_text(p.ids),
     }  # fmt: skip
-    tiles = [(f"g{g}r{r}c{c}.jpg", data) for (g, r, c), data in sorted(group.tiles.items())]
+    assert not any(isinstance(data, np.ndarray) for data in group.tiles.values()), "a group that was cut again"
+    tiles = [(f"g{g}r{r}c{c}.jpg", bytes(group.tiles[g, r, c])) for g, r, c in sorted(group.tiles)]
     meta = dump_json({**vars(group.meta), "regions": [vars(region) for region in group.meta.regions]})
     return [("meta.json", meta), *tiles, ("profiles.npz", save_arrays(arrays))]
 

@@ -243,7 +243,9 @@ def _profiles(layout: _Layout) -> None:
         points[at] = _turn_pixels(inside.transpose(1, 2, 0), view).transpose(2, 0, 1)
         area[at] = np.log(profiles.area_um2)
         factor = 1.0 if view.size_factor is None else view.size_factor
-        fed[at] = np.log(profiles.footprint_um * factor)
+        log_size = np.log(profiles.footprint_um * factor)
+        # A cell's area predicts its counts: its size is fed to the next power of two um.
+        fed[at] = np.log(2) * np.round(log_size / np.log(2)) if meta.kind == "cell" else log_size
 
 
 def _inputs(layout: _Layout, spec: BatchSpec) -> None:
@@ -299,7 +301,7 @@ def _targets(layout: _Layout, spec: BatchSpec, genes: Ints) -> None:
         ask = (view.query & (depth > 0))[:, None] & (~view.visible[:, None] | hidden[None])
         asked[at] = ask & measured[None]
         log_depth[at] = np.log(np.maximum(depth, 1))
-        density[at] = np.log(np.maximum(depth, 1) / profiles.area_um2) - meta.slide_log_density
+        density[at] = np.log(np.maximum(depth, 1) / profiles.counted_um2) - meta.slide_log_density
         some[at] = view.query & ~view.visible & (depth > 0)
 
 
