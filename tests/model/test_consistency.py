@@ -1,9 +1,9 @@
 """The same profiles asked at different places of their region, and at different phases of the tile grid.
 
 After a shift by whole tiles, what is read under a footprint and around it is the same to rounding; what remains is the
-context, for a region at another place holds other tissue. At another phase the encoder differs too: a tile is a world of
-its own to it. Deviations are root mean squares, in units of the spread between profiles; two other profiles differ by
-1.4. Regions of 8 x 8 tiles, profiles near the middle, H&E alone. The stated tolerances and what was measured:
+context, for a region at another place holds other tissue. At another phase the encoder differs too: to it a tile is a
+world of its own. Deviations are root mean squares, in units of the spread between profiles; two other profiles differ
+by 1.4. Regions of 8 x 8 tiles, profiles near the middle, H&E alone. The stated tolerances and what was measured:
 
                                    what is read     embedding, composition
     another place, untrained       1e-5   (1e-6)    .3    (.10-.19)
@@ -12,8 +12,8 @@ its own to it. Deviations are root mean squares, in units of the spread between 
     another phase, trained         .3     (.18-.21) .4    (.16-.29)
 
 Untrained: every weight was moved at random (`awake`), the worst case. Trained: 80 steps on composition that follows
-colour, with .15 of the regions cut again. With none or all of them cut again the deviations are the same to .05: this tissue is
-too easy to show that cutting again helps.
+colour, with .15 of the regions cut again. With none or all of them cut again the deviations are the same to .05: this
+tissue is too easy to show that cutting again helps.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ from storm.data.batch import BatchSpec, collate
 from storm.data.recut import recut
 from storm.data.view import draw_view, plain_view, view_rng
 from storm.model.storm import Storm
-from storm.schema import Group, GroupMeta, Profiles, RegionMeta
+from storm.schema import Group, GroupMeta, RegionMeta
 from tests.data import samples
 from tests.model.batches import CONFIG, N_GENES, awake
 
