@@ -1,6 +1,7 @@
 """How a sample is shown: outlines, sizes that are fed, the preset stpath, guards, and what moves together."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from storm.data.view import IN_CONTEXT, draw_sample, draw_view, plain_view, view
 from storm.schema import SQUARE, Group
 from tests.data import samples
 
-CONTEXT = {"image_only": 0.0, "in_context": 1.0, "gene_level": 0.0, "gene_only": 0.0}
-AS_IT_IS = {"pool_cells": 0.0, "recut": 0.0, "crop": 0.0}
+CONTEXT: dict[str, Any] = {"image_only": 0.0, "in_context": 1.0, "gene_level": 0.0, "gene_only": 0.0}
+AS_IT_IS: dict[str, Any] = {"pool_cells": 0.0, "recut": 0.0, "crop": 0.0}
 
 
 def test_outlines_vary_in_their_shares_and_spots_draw_nothing() -> None:
@@ -102,7 +103,7 @@ def test_no_visible_footprint_comes_near_a_target() -> None:
 
 
 def test_stpath_hides_most_single_profiles_in_context() -> None:
-    mask = MaskConfig(preset="stpath", **AS_IT_IS)  # type: ignore[arg-type]
+    mask = MaskConfig(preset="stpath", **AS_IT_IS)
     group = samples.group(4, regions=1, side=20, per_region=60)
     views = [draw_sample(group, mask, (0, 0, i), samples.PANEL)[1] for i in range(150)]
     assert {view.mode for view in views} == {IN_CONTEXT} and not any(view.hidden_tiles for view in views)
