@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from storm.presets import ModelConfig, nearest, resolve_model
 
 MASK_MODES = ("image_only", "in_context", "gene_level", "gene_only")
+_STPATH = {"image_only": 0.0, "in_context": 1.0, "gene_level": 0.0, "gene_only": 0.0, "hide_tiles": 0.0}
 
 
 class Section(BaseModel):
@@ -142,6 +143,11 @@ class DataConfig(Section):
 class MaskConfig(Section):
     """What is hidden and how inputs are varied; shares are probabilities."""
 
+    preset: Literal["storm", "stpath"] = Field(
+        default="storm",
+        description="stpath: in_context alone with a hidden share ~ Beta(10, 1) of single profiles, no tile hidden "
+        "(keys that are given still win)",
+    )
     image_only: float = Field(default=0.4, ge=0)
     in_context: float = Field(default=0.3, ge=0)
     gene_level: float = Field(default=0.2, ge=0)
@@ -152,6 +158,18 @@ class MaskConfig(Section):
     loss_genes: int = Field(
         default=2048, ge=1, description="genes in the loss of one step; all where the panel has fewer"
     )
+    pool_cells: float = Field(
+        default=0.5, ge=0, le=1, description="probability that a group's cells or bins are pooled to 8-120 um"
+    )
+    recut: float = Field(
+        default=0.15, ge=0, le=1, description="probability that a group's tiles are cut again at a random offset"
+    )
+    crop: float = Field(
+        default=0.1, ge=0, le=1, description="probability that a region is cropped to 1 x 1 or 2 x 2 tiles"
+    )
+    polygon_jitter: float = Field(
+        default=0.2, ge=0, le=1, description="probability that a polygon becomes a disc; and that its outline moves"
+    )
     flips: bool = True
     stain_jitter: float = Field(default=0.1, ge=0, description="sd of the log gain of each stain channel")
     thinning: float = Field(default=0.5, ge=0, le=1, description="probability that visible counts are thinned")
@@ -161,6 +179,11 @@ class MaskConfig(Section):
     position_jitter: bool = True
     drop_platform: float = Field(default=0.5, ge=0, le=1)
     drop_organ: float = Field(default=0.3, ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, values: Any) -> Any:
+        return _STPATH | values if isinstance(values, dict) and values.get("preset") == "stpath" else values
 
 
 class OptimConfig(Section):

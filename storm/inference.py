@@ -131,6 +131,7 @@ def _to_vocabulary(
     mapped = schema.Profiles(
         profiles.ids, profiles.xy_um, profiles.footprint_um, profiles.footprint_kind,
         indptr, gene[order].astype(np.int32), profiles.count[kept][order],
+        profiles.polygon_indptr, profiles.polygon_um,
     )  # fmt: skip
     return mapped, panel, tuple(g for g, k in zip(genes.ids, known, strict=True) if not k)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LIKELIHOODS = ("nb", "poisson", "zinb", "lognorm")
+READS = ("footprint", "tile")
 _MAY_BE_0 = ("registers", "align_width")
 
 
@@ -32,12 +33,15 @@ class ModelConfig:
     likelihood: str = "nb"  # of counts: one of LIKELIHOODS
     align_width: int = 0  # of the vectors that align image and expression; 0: none
     organs: tuple[str, ...] = ()  # names behind organ ids 1, 2, ...; 0 = unknown
+    reads: str = "footprint"  # or "tile": each profile gets the mean of the tile that holds its centre (an ablation)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.name in _MAY_BE_0 else 1
             if field.type is int and value < least:
                 raise ValueError(f"model.{field.name}={value} must be {least} or more")
+        if self.reads not in READS:
+            raise ValueError(f"model.reads={self.reads!r}{nearest(self.reads, list(READS))}")
         if not 0 < self.tile_mpp < math.inf:
             raise ValueError(f"model.tile_mpp={self.tile_mpp} must be above 0")
         for name in ("image_width", "fusion_width", "space_width"):

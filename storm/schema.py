@@ -32,6 +32,7 @@ KINDS = ("spot", "bin", "cell")  # of a profile
 SPLITS = ("train", "val", "test")
 # Footprint kinds; footprint_um is the disc's diameter, the square's side, or that of a disc as large as the polygon.
 DISC, SQUARE, POLYGON = 0, 1, 2
+FOOTPRINT_SIDE = 8  # points along the side of a footprint's lattice; data.outline says why 8
 # What is known of a tile's quality, per tile: shares of the tile that are tissue, inside the slide, pen, black and
 # white, the mean saturation in 0..1, and the variance of the Laplacian (low = out of focus).
 TILE_QUALITY = ("tissue", "inside", "pen", "black", "white", "saturation", "sharpness")
@@ -48,7 +49,7 @@ _TILE_MEMBER = re.compile(r"g(\d+)r(\d+)c(\d+)\.jpg")
 
 # The batch: a dict of tensors that data/batch.py makes and the model and the losses read; name -> (dtype, shape).
 # B groups, R regions of all groups, C tiles per region (padded), T tiles packed, N profiles per region (padded),
-# K loss genes, Z visible (profile, gene) entries, S tile statistics, px tile side.
+# K loss genes, Z visible (profile, gene) entries, S tile statistics, F points along a footprint, px tile side.
 BATCH = {
     "tiles": ("uint8", "T px px 3"),  # packed pixels of the encoded tiles; one dummy where a batch has none
     "tile_weight": ("float32", "T"),  # 1, or 0 for the dummy
@@ -68,8 +69,9 @@ BATCH = {
     "wholly_hidden": ("bool", "R N"),  # all of its genes are hidden
     "xy_um": ("float32", "R N 2"),  # centre in the region's frame (origin top-left, x right, y down), for sampling
     "pos_um": ("float32", "R N 2"),  # centre for the position code, centred per region, may be rotated and scaled
-    "footprint_um": ("float32", "R N"),  # disc diameter or square side as the geometry uses it
-    "footprint_kind": ("int64", "R N"),  # DISC or SQUARE
+    "footprint_um": ("float32", "R N"),  # side of the square of each profile's lattice of points (data.outline)
+    "footprint_points": ("bool", "R N F F"),  # which points of the lattice (row, column) lie in the footprint
+    "log_area": ("float32", "R N"),  # log um2 of the footprint; 0 where there is no profile
     "footprint_input": ("float32", "R N"),  # log size fed to the model, jittered in training
     "input_gene": ("int64", "Z"),  # vocabulary index of a visible measured gene with count > 0
     "input_value": ("float32", "Z"),  # v = log1p(count * scale / visible depth)
@@ -155,6 +157,7 @@ class Profiles:
     count: npt.NDArray[np.int32]  # [nnz], > 0
     polygon_indptr: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [N + 1]
     polygon_um: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 2), np.float32))  # [V, 2]
+    pooled_um2: npt.NDArray[np.float64] | None = None  # [N] of the cells or bins that were pooled; never stored
 
     def __post_init__(self) -> None:
         """Without polygons every profile has none."""
@@ -176,6 +179,11 @@ class Profiles:
         side = self.footprint_um.astype(np.float64)
         return np.where(self.footprint_kind == SQUARE, 1.0, np.pi / 4) * side**2
 
+    @property
+    def counted_um2(self) -> npt.NDArray[np.float64]:
+        """[N] areas whose molecules were counted: of the footprint, or of the cells or bins that were pooled to it."""
+        return self.area_um2 if self.pooled_um2 is None else self.pooled_um2
+
     def take(self, rows: npt.NDArray[np.int64]) -> "Profiles":
         """The profiles at `rows`, in that order."""
         indptr, entries = spans(self.indptr, rows)
@@ -187,6 +195,7 @@ class Profiles:
         return Profiles(
             [self.ids[r] for r in rows], self.xy_um[rows], self.footprint_um[rows], self.footprint_kind[rows],
             *counts, polygon_indptr, self.polygon_um[vertices],
+            None if self.pooled_um2 is None else self.pooled_um2[rows],
         )  # fmt: skip
 
 
@@ -205,15 +214,17 @@ def slide_log_density(depth: npt.NDArray[np.integer], area_um2: npt.NDArray[np.f
     return float(np.mean(np.log(depth[some] / area_um2[some]))) if some.any() else 0.0
 
 
+TileData = bytes | npt.NDArray[np.uint8]  # a JPEG (or a view of it), or the pixels of a tile that was cut again
+
+
 @dataclass
 class Group:
-    """One sample: k regions of one slide. `tiles[(g, row, col)]` are JPEG bytes or views of them; `region` is g of each
-    profile."""
+    """One sample: k regions of one slide. `tiles[(g, row, col)]` are JPEGs or pixels; `region` is g of each profile."""
 
     meta: GroupMeta
     profiles: Profiles
     region: npt.NDArray[np.int32]  # [N]
-    tiles: dict[tuple[int, int, int], bytes] = field(default_factory=dict)
+    tiles: Mapping[tuple[int, int, int], TileData] = field(default_factory=dict)
 
 
 def check_slide_id(slide_id: str) -> str:
@@ -292,7 +303,8 @@ def encode(group: Group) -> list[tuple[str, bytes]]:
         "footprint_kind": p.footprint_kind, "indptr": p.indptr, "gene": p.gene, "count": p.count,
         "polygon_indptr": p.polygon_indptr, "polygon_um": p.polygon_um, "ids": pack_text(p.ids),
     }  # fmt: skip
-    tiles = [(f"g{g}r{r}c{c}.jpg", data) for (g, r, c), data in sorted(group.tiles.items())]
+    assert not any(isinstance(data, np.ndarray) for data in group.tiles.values()), "a group that was cut again"
+    tiles = [(f"g{g}r{r}c{c}.jpg", bytes(group.tiles[g, r, c])) for g, r, c in sorted(group.tiles)]
     meta = dump_json({**vars(group.meta), "regions": [vars(region) for region in group.meta.regions]})
     return [("meta.json", meta), *tiles, ("profiles.npz", save_arrays(arrays))]
 

@@ -125,6 +125,22 @@ def test_counts_do_not_reach_a_prediction_from_the_image(slide: Slide, pretraine
     assert np.abs(inference.embed(pretrained, changed, True) - inference.embed(pretrained, slide, True)).max() > 1e-3
 
 
+def test_outlines_reach_the_model(slide: Slide, pretrained: export.Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store's polygons are kept, and read as such: a sliver sees another part of the tissue than its disc."""
+    drawn = dataclasses.replace(
+        slide.store.profiles(), footprint_kind=np.full(len(slide.profiles), schema.POLYGON, np.uint8),
+        polygon_indptr=np.arange(len(slide.profiles) + 1) * 3,
+        polygon_um=np.tile(np.array([[40, 5], [-40, 5], [0, -8]], np.float32), (len(slide.profiles), 1)),
+    )  # fmt: skip
+    monkeypatch.setattr(store.SlideStore, "profiles", lambda self: drawn)
+    outlined = inference.prepare(pretrained, slide.store)
+    np.testing.assert_array_equal(outlined.profiles.polygon_um, drawn.polygon_um)
+    np.testing.assert_array_equal(outlined.profiles.count, slide.profiles.count)
+    rows = np.arange(5)
+    apart = inference.embed(pretrained, outlined, False, rows) - inference.embed(pretrained, slide, False, rows)
+    assert np.abs(apart).max() > 1e-3
+
+
 def test_without_counts_a_lattice_is_asked(pretrained: export.Pretrained, tmp_path: Path) -> None:
     bare = inference.prepare(pretrained, store.SlideStore(untrained.write_store(tmp_path, measured=False)))
     assert not bare.measured

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 
 from storm.data import stain
+from storm.data.outline import sample_points
 from storm.data.tile import decode_tile
 from storm.data.view import Mask, View
-from storm.schema import APART_UM, DISC, PLATFORMS, SQUARE, TILE_STATS, Group, RegionMeta
+from storm.schema import APART_UM, FOOTPRINT_SIDE, PLATFORMS, TILE_STATS, Group, RegionMeta
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -151,7 +152,8 @@ def _turn(xy: npt.NDArray[np.float64], width: npt.ArrayLike, height: npt.ArrayLi
     return np.stack([x, y], axis=-1)
 
 
-def _turn_pixels(pixels: npt.NDArray[np.uint8], view: View) -> npt.NDArray[np.uint8]:
+def _turn_pixels(pixels: npt.NDArray, view: View) -> npt.NDArray:
+    """A picture [rows, cols, ...] mirrored and turned."""
     return np.rot90(pixels[:, ::-1] if view.flip else pixels, view.turns)
 
 
@@ -223,8 +225,8 @@ def _profiles(layout: _Layout) -> None:
     n = layout.n
     flags = {name: layout.zeros(name, bool, n) for name in ("profile", "visible", "query", "wholly_hidden")}
     xy, pos = (layout.zeros(name, np.float32, n, 2) for name in ("xy_um", "pos_um"))
-    size, fed = (layout.zeros(name, np.float32, n) for name in ("footprint_um", "footprint_input"))
-    kind = layout.zeros("footprint_kind", np.int64, n)
+    side, area, fed = (layout.zeros(name, np.float32, n) for name in ("footprint_um", "log_area", "footprint_input"))
+    points = layout.zeros("footprint_points", bool, n, FOOTPRINT_SIDE, FOOTPRINT_SIDE)
     for part in layout.parts:
         profiles, view, meta = part.group.profiles, part.view, part.group.meta
         at = part.region, part.slot
@@ -238,10 +240,13 @@ def _profiles(layout: _Layout) -> None:
         turned = _turn(local, width, height, view)
         centre = np.stack([height, width] if view.turns % 2 else [width, height], axis=-1) / 2
         xy[at], pos[at] = turned, _code(turned, centre, view)
-        # The model reads under discs and squares; a polygon is read as the disc of its area.
-        size[at], kind[at] = profiles.footprint_um, np.where(profiles.footprint_kind == SQUARE, SQUARE, DISC)
+        inside, side[at] = sample_points(profiles, view.grow_um)
+        points[at] = _turn_pixels(inside.transpose(1, 2, 0), view).transpose(2, 0, 1)
+        area[at] = np.log(profiles.area_um2)
         factor = 1.0 if view.size_factor is None else view.size_factor
-        fed[at] = np.log(profiles.footprint_um * factor)
+        log_size = np.log(profiles.footprint_um * factor)
+        # A cell's area predicts its counts: its size is fed to the next power of two um.
+        fed[at] = np.log(2) * np.round(log_size / np.log(2)) if meta.kind == "cell" else log_size
 
 
 def _inputs(layout: _Layout, spec: BatchSpec) -> None:
@@ -316,7 +321,7 @@ def _targets(layout: _Layout, spec: BatchSpec, genes: Ints) -> None:
         ask = (view.query & (depth > 0))[:, None] & (~view.visible[:, None] | hidden[None])
         asked[at] = ask & measured[None]
         log_depth[at] = np.log(np.maximum(depth, 1))
-        density[at] = np.log(np.maximum(depth, 1) / profiles.area_um2) - meta.slide_log_density
+        density[at] = np.log(np.maximum(depth, 1) / profiles.counted_um2) - meta.slide_log_density
         some[at] = view.query & ~view.visible & (depth > 0)
 
 

@@ -29,7 +29,7 @@ from storm.data.corpus import WINDOW_SHARDS, Corpus, Groups, window_shards
 from storm.data.order import Order, Place, Position, accumulation
 from storm.data.remote import RemoteError
 from storm.data.tile import decode_tiles
-from storm.data.view import draw_view, view_rng
+from storm.data.view import draw_sample
 
 Batch = dict[str, torch.Tensor]
 
@@ -91,11 +91,11 @@ class Loader(Dataset):
         return self._collate(work, [group for group, _ in found]), [fault for _, faults in found for fault in faults]
 
     def _collate(self, work: Work, groups: list[schema.Group]) -> Batch:
-        views = [
-            draw_view(group, self.mask, view_rng(self.seed, place.epoch, place.number), self.spec.panel(group))
+        shown = [
+            draw_sample(group, self.mask, (self.seed, place.epoch, place.number), self.spec.panel(group))
             for group, place in zip(groups, work.places, strict=True)
         ]
-        return collate(groups, views, self.spec, self.genes(work.step))
+        return collate([group for group, _ in shown], [view for _, view in shown], self.spec, self.genes(work.step))
 
     def _named(self, work: Work, error: ValueError) -> ValueError:
         """The error with the shard and key of the group at fault, where it is that of a group's tiles."""

@@ -1,20 +1,21 @@
-"""One stored tile: JPEG bytes in, RGB pixels out, at the size that was promised or not at all."""
+"""One tile: JPEG bytes in, RGB pixels out, at the size that was promised or not at all. Pixels are passed through."""
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from storm.schema import Group
+from storm.schema import Group, TileData
 
 Pixels = npt.NDArray[np.uint8]
 
 
 def decode_tile(
-    jpeg: bytes, tile_px: int, source: str, least_px: tuple[int, int] = (0, 0), out: Pixels | None = None
+    tile: TileData, tile_px: int, source: str, least_px: tuple[int, int] = (0, 0), out: Pixels | None = None
 ) -> Pixels:
     """Pixels uint8 [tile_px, tile_px, 3]; the size in the header is compared before anything is allocated for it.
 
     Args:
+        tile: a JPEG, or pixels of the promised size.
         source: names the tile in errors.
         out: [tile_px, tile_px, 3], contiguous, that the pixels are decoded into.
         least_px: (width, height) that is enough: the tile may come back reduced, by the powers of two of the format.
@@ -22,11 +23,17 @@ def decode_tile(
     Raises:
         ValueError: not a JPEG, or of another size.
     """
+    if isinstance(tile, np.ndarray):
+        assert tile.shape == (tile_px, tile_px, 3), source
+        if out is None:
+            return tile
+        out[...] = tile
+        return out
     try:
-        height, width = simplejpeg.decode_jpeg_header(jpeg)[:2]
+        height, width = simplejpeg.decode_jpeg_header(tile)[:2]
         if (height, width) == (tile_px, tile_px):
             pixels: Pixels = simplejpeg.decode_jpeg(
-                jpeg, "RGB", min_width=least_px[0], min_height=least_px[1], min_factor=1, buffer=out
+                tile, "RGB", min_width=least_px[0], min_height=least_px[1], min_factor=1, buffer=out
             )
             return pixels
     except ValueError as error:

@@ -1,7 +1,8 @@
 """The random choices of one sample: what is hidden, what is asked, and how the inputs are varied. No tensor yet.
 
-In: a group, the mask config and a generator. Out: a `View`. Everything random of a batch lies in its views, and a view
-is a pure function of (seed, epoch, index in the epoch): neither ranks, workers nor micro-batches change what is drawn.
+In: a group, the mask config and a generator. Out: the group, perhaps cropped, cut again or pooled, and a `View` of it.
+Everything random of a batch lies in these two, and they are a pure function of (seed, epoch, index in the epoch):
+neither ranks, workers nor micro-batches change what is drawn.
 
 Whatever a draw reads of the counts, it reads of the visible ones: hidden counts cannot move an input, not even through
 the generator.
@@ -13,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from storm.config import MASK_MODES, MaskConfig
-from storm.schema import Group, Profiles
+from storm.data.outline import radius_um
+from storm.data.pool import pool
+from storm.data.recut import crop, recut
+from storm.schema import POLYGON, Group, Profiles
 
 IMAGE_ONLY, IN_CONTEXT, GENE_LEVEL, GENE_ONLY = range(len(MASK_MODES))
 
@@ -21,11 +25,14 @@ Mask = npt.NDArray[np.bool_]
 Place = tuple[int, int, int]  # region, row, column of a tile
 
 _HIDDEN_PROFILES = (0.3, 0.95)  # share of the profiles hidden in mode in_context
+_STPATH = 10.0, 1.0  # the same share with preset stpath: of a beta distribution
 _HIDDEN_GENES = (0.15, 0.6)  # share of the genes hidden in the modes gene_level and gene_only
 _LEAST_DEPTH, _LEAST_PANEL = 0.02, 0.01  # log-uniform up to 1
 _GUARD_UM = 30.0  # transcripts of cells and bins spill over and diffuse this far
 _SIZE_JITTER = 0.15  # sd of the log footprint size that is fed
 _SCALE_JITTER = 0.05  # of the position code
+_OUTLINE_UM = (1.0, 2.0)  # a polygon is eroded or dilated by so much
+_REGROUP = 1  # keeps the generator of what is done to a group apart from that of its view
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class View:
     scale: float = 1.0
     stain: npt.NDArray[np.float64] | None = None  # [3] factor on the optical density of R, G, B
     size_factor: npt.NDArray[np.float64] | None = None  # [N] on the footprint size that is fed
+    grow_um: npt.NDArray[np.float64] | None = None  # [N] on the radii of each polygon; NaN: a disc in its place
     tell_platform: bool = True
     tell_organ: bool = True
 
@@ -58,9 +66,20 @@ def plain_view(group: Group, use_counts: bool) -> View:
     return View(IMAGE_ONLY, shown, np.ones_like(shown), None, None, entry, count)
 
 
-def view_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator of the group at `index` of an epoch's order."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, index])))
+def view_rng(seed: int, epoch: int, index: int, *purpose: int) -> np.random.Generator:
+    """The generator of the group at `index` of an epoch's order; another one for each purpose."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, index], spawn_key=purpose)))
+
+
+def draw_sample(group: Group, mask: MaskConfig, key: tuple[int, int, int], panel: Mask) -> tuple[Group, View]:
+    """The group of (seed, epoch, index), cropped, cut again and pooled as `mask` has it, and how it is shown.
+
+    Raises:
+        ValueError: a tile that is cut again is damaged.
+    """
+    rng = view_rng(*key, _REGROUP)
+    group = pool(recut(crop(group, mask.crop, rng), mask.recut, rng), mask.pool_cells, rng)
+    return group, draw_view(group, mask, view_rng(*key), panel)
 
 
 def draw_view(group: Group, mask: MaskConfig, rng: np.random.Generator, panel: Mask) -> View:
@@ -76,7 +95,7 @@ def draw_view(group: Group, mask: MaskConfig, rng: np.random.Generator, panel: M
     if not weights.sum() > 0:
         raise ValueError(f"mask: the shares of {', '.join(MASK_MODES)} are all 0; give one a positive share")
     mode = int(rng.choice(len(MASK_MODES), p=weights / weights.sum()))
-    visible, query = _split_profiles(group, mode, rng)
+    visible, query = _split_profiles(group, mode, mask.preset, rng)
     hidden_genes = _subset(panel, rng.uniform(*_HIDDEN_GENES), rng) if mode in (GENE_LEVEL, GENE_ONLY) else None
     visible_genes = panel if hidden_genes is None else panel & ~hidden_genes
     if rng.random() < mask.panel_subsampling:
@@ -88,11 +107,12 @@ def draw_view(group: Group, mask: MaskConfig, rng: np.random.Generator, panel: M
     stain = np.exp(rng.normal(0, mask.stain_jitter, 3)) if mask.stain_jitter else None
     size = np.exp(rng.normal(0, _SIZE_JITTER, len(visible)))
     tell_platform, tell_organ = rng.random() >= mask.drop_platform, rng.random() >= mask.drop_organ
+    outlines = _vary_outlines(group.profiles, mask.polygon_jitter, rng)
     # Last, because the number of values it draws depends on the (visible) counts.
     entry, count = _thin(group.profiles, visible, visible_genes, mask.thinning, rng)
     return View(
         mode, visible, query, visible_genes, hidden_genes, entry, count, hidden_tiles, flip, turns,
-        angle if jitter else 0.0, scale if jitter else 1.0, stain, size, tell_platform, tell_organ,
+        angle if jitter else 0.0, scale if jitter else 1.0, stain, size, outlines, tell_platform, tell_organ,
     )  # fmt: skip
 
 
@@ -108,7 +128,7 @@ def _subset(mask: Mask, share: float, rng: np.random.Generator) -> Mask:
     return chosen
 
 
-def _split_profiles(group: Group, mode: int, rng: np.random.Generator) -> tuple[Mask, Mask]:
+def _split_profiles(group: Group, mode: int, preset: str, rng: np.random.Generator) -> tuple[Mask, Mask]:
     """(visible, query), each [N]. In mode in_context the two are apart, and a guard lies between them for cells."""
     everything = np.ones(len(group.profiles), dtype=bool)
     if mode == IMAGE_ONLY:
@@ -117,6 +137,8 @@ def _split_profiles(group: Group, mode: int, rng: np.random.Generator) -> tuple[
         return everything, everything
     dense = group.meta.kind != "spot"
     share, blob = rng.uniform(*_HIDDEN_PROFILES), bool(rng.integers(2)) or dense
+    if preset == "stpath":
+        share, blob = rng.beta(*_STPATH), dense
     hidden = ~everything
     for region in range(len(group.meta.regions)):
         members = np.flatnonzero(group.region == region)
@@ -137,7 +159,7 @@ def _pick(xy_um: npt.NDArray[np.float64], share: float, blob: bool, rng: np.rand
 def _too_near(group: Group, hidden: Mask, guard_um: float) -> Mask:
     """[N] profiles whose footprint is nearer than `guard_um` to that of a hidden profile of their region."""
     near = np.zeros_like(hidden)
-    radius = group.profiles.footprint_um.astype(np.float64) / 2
+    radius = radius_um(group.profiles)
     for region in range(len(group.meta.regions)):
         asked = np.flatnonzero((group.region == region) & hidden)
         others = np.flatnonzero((group.region == region) & ~hidden)
@@ -163,6 +185,16 @@ def _span(side: int, rng: np.random.Generator) -> range:
     length = int(rng.integers(1, (side + 1) // 2 + 1))
     start = int(rng.integers(0, side - length + 1))
     return range(start, start + length)
+
+
+def _vary_outlines(profiles: Profiles, probability: float, rng: np.random.Generator) -> npt.NDArray[np.float64] | None:
+    """[N] um on the radii of each polygon, NaN for a disc in its place; without polygons None, nothing drawn."""
+    total = len(profiles)
+    if not probability or not (profiles.footprint_kind == POLYGON).any():
+        return None
+    disc, moved = rng.random((2, total)) < probability
+    by_um = rng.uniform(*_OUTLINE_UM, total) * rng.choice([-1.0, 1.0], total)
+    return np.where(disc, np.nan, np.where(moved, by_um, 0.0))
 
 
 def _entries(profiles: Profiles, visible: Mask, visible_genes: Mask | None) -> npt.NDArray[np.int64]:

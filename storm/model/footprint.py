@@ -3,12 +3,13 @@
 In: the packed feature maps of the encoded tiles, where they lie (`tile_at`), centres and footprints in um. Out: two
 features per profile, and the share of each that could be read. The cost grows with the profiles, not with the tiles.
 
-A footprint is sampled on a square lattice of points (a disc on those inside it), which flips and quarter turns map onto
-itself. A point is read between the centres of its four nearest patches, (i + 0.5) * patch_um, also across the border
-between tiles. A patch that is outside the region or not encoded weighs nothing, and the mean is taken over the rest.
+A footprint is those points of a square lattice that lie in it (`footprint_points`, of a disc, a square or a polygon);
+flips and quarter turns map it onto itself. A point is read between the centres of its four nearest patches,
+(i + 0.5) * patch_um, also across the border between tiles. A patch that is outside the region or not encoded weighs
+nothing, and the mean is taken over the rest.
 
-Shapes: R regions, N profiles, T tiles, P patches per tile, D image width, S points along a side, A = 2 S patches read
-along it.
+Shapes: R regions, N profiles, T tiles, P patches per tile, D image width, S points along a side (F for a footprint),
+A = 2 S patches read along it.
 """
 
 import math
@@ -18,9 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from storm.presets import ModelConfig
-from storm.schema import DISC
-
-FOOTPRINT_SIDE = 4  # points along the side of a footprint
+from storm.schema import FOOTPRINT_SIDE
 
 
 def lattice(side: int) -> Tensor:
@@ -44,7 +43,6 @@ def nearest_patches(at_um: Tensor, patch_um: float, n_patches: int) -> tuple[Ten
 class FootprintReader(nn.Module):
     """Reads feature maps; has no parameters."""
 
-    disc: Tensor
     footprint_points: Tensor
     window_points: Tensor
 
@@ -52,11 +50,8 @@ class FootprintReader(nn.Module):
         super().__init__()
         self.side = config.tile_px // config.patch_px  # patches along a tile
         self.patch_um, self.tile_um = config.patch_um, config.tile_um
-        points = lattice(FOOTPRINT_SIDE)
-        inside = torch.hypot(points[:, None], points[None, :]) <= 0.5
-        inside_AA = inside.repeat_interleave(2, 0).repeat_interleave(2, 1)
-        self.register_buffer("disc", inside_AA.float(), persistent=False)
-        self.register_buffer("footprint_points", points, persistent=False)
+        self.whole_tile = config.reads == "tile"
+        self.register_buffer("footprint_points", lattice(FOOTPRINT_SIDE), persistent=False)
         window_side = math.ceil(self.side / 2)  # so that a window reads each of its patches
         self.register_buffer("window_points", lattice(window_side), persistent=False)
 
@@ -66,8 +61,10 @@ class FootprintReader(nn.Module):
         A feature without a valid point is 0.
         """
         centre_RN2 = batch["xy_um"]
-        is_disc = (batch["footprint_kind"] == DISC)[..., None, None]
-        shape_RNAA = torch.where(is_disc, self.disc, torch.ones_like(self.disc))
+        if self.whole_tile:
+            return self._tile_mean(map_TPD, batch["tile_at"], centre_RN2)
+        shape_RNFF = batch["footprint_points"].to(centre_RN2.dtype)
+        shape_RNAA = shape_RNFF.repeat_interleave(2, -2).repeat_interleave(2, -1)
         offset_RNS = batch["footprint_um"][..., None] * self.footprint_points
         window_S = self.tile_um * self.window_points
         footprint = self._read(map_TPD, batch["tile_at"], centre_RN2, offset_RNS, shape_RNAA)
@@ -93,4 +90,15 @@ class FootprintReader(nn.Module):
         map_MD = map_TPD.flatten(0, 1).to(share_RNAA.dtype)
         bags, shares = (a.flatten(0, 1).flatten(1) for a in (patch_RNAA, share_RNAA))  # a bag is a profile's patches
         mean = F.embedding_bag(bags, map_MD, per_sample_weights=shares, mode="sum")
-        return mean.unflatten(0, centre_RN2.shape[:2]), read_RN / points_RN
+        return mean.unflatten(0, centre_RN2.shape[:2]), read_RN / points_RN.clamp_min(1)  # a padded place has no point
+
+    def _tile_mean(self, map_TPD: Tensor, tile_at: Tensor, centre_RN2: Tensor) -> tuple[Tensor, Tensor]:
+        """The ablation: both features are the mean of the tile that holds the centre, whatever the footprint is."""
+        _, rows, cols = tile_at.shape
+        col_RN, row_RN = (centre_RN2 / self.tile_um).floor().long().unbind(-1)
+        inside_RN = (row_RN >= 0) & (row_RN < rows) & (col_RN >= 0) & (col_RN < cols)
+        place_RN = row_RN.clamp(0, rows - 1) * cols + col_RN.clamp(0, cols - 1)
+        tile_RN = tile_at.flatten(1).gather(1, place_RN)
+        read_RN = (inside_RN & (tile_RN >= 0)).to(centre_RN2.dtype)
+        mean_RND = map_TPD.mean(1)[tile_RN.clamp_min(0)] * read_RN[..., None]
+        return torch.stack([mean_RND] * 2, dim=2), torch.stack([read_RN] * 2, dim=2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from storm.model.layers import Constant, ZeroLinear
 from storm.presets import ModelConfig
-from storm.schema import DISC, LOGNORM_SCALE, PLATFORMS, TILE_STATS
+from storm.schema import LOGNORM_SCALE, PLATFORMS, TILE_STATS
 
 START_DISPERSION = 5.0  # NB size r of every gene at the start
 START_ZERO_LOGIT = -4.0  # 2 % of zeros beside those of the NB
@@ -82,15 +82,10 @@ class Decoder(nn.Module):
 
     def _log_dispersion(self, batch: dict[str, Tensor]) -> Tensor:
         """log r = a_g + b_platform + c log area."""
-        log_area_RN = log_area(batch["footprint_um"], batch["footprint_kind"]) - math.log(REFERENCE_AREA_UM2)
+        log_area_RN = batch["log_area"] - math.log(REFERENCE_AREA_UM2)
         platform_RNQ = told_platform(batch["platform"], log_area_RN.shape[1])
         shift_RN1 = self.dispersion(torch.cat([platform_RNQ, log_area_RN[..., None]], dim=-1))
         return soft_clamp(self.gene_dispersion(batch["genes"]).T + shift_RN1, 7.0)  # e^7: as good as Poisson
-
-
-def log_area(footprint_um: Tensor, footprint_kind: Tensor) -> Tensor:
-    """Log of a disc's or square's area in um2; a padded footprint (0) counts as 1 um."""
-    return 2 * footprint_um.clamp_min(1).log() + math.log(math.pi / 4) * (footprint_kind == DISC)
 
 
 class DepthHead(nn.Module):

@@ -1,12 +1,13 @@
 """Groups made by hand for the tests of the batch: few genes, small tiles, everything drawn from one seed."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import simplejpeg
 
 from storm.data.batch import BatchSpec
-from storm.schema import Group, GroupMeta, Profiles, RegionMeta
+from storm.schema import POLYGON, Group, GroupMeta, Profiles, RegionMeta
 
 TILE_PX, TILE_UM, GENES = 32, 64.0, 40
 PANEL = np.arange(GENES) % 5 != 4  # 32 of 40 genes
@@ -56,3 +57,26 @@ def group(seed: int = 0, regions: int = 2, side: int = 3, per_region: int = 12, 
 def _jpeg(rng: np.random.Generator) -> bytes:
     noise = rng.integers(60, 250, (TILE_PX // 8, TILE_PX // 8, 3), dtype=np.uint8)
     return simplejpeg.encode_jpeg(np.ascontiguousarray(noise.repeat(8, 0).repeat(8, 1)), quality=95)
+
+
+def outlined(profiles: Profiles, rng: np.random.Generator, edges: int = 9) -> Profiles:
+    """The profiles with star-shaped polygons of `edges` vertices, about as large as their discs."""
+    n = len(profiles)
+    angle = np.sort(rng.uniform(0, 2 * np.pi, (n, edges)), axis=1)
+    radius = profiles.footprint_um[:, None] / 2 * rng.uniform(0.7, 1.4, (n, edges))
+    ring = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
+    after = np.roll(ring, -1, axis=1)
+    area = np.abs((ring[..., 0] * after[..., 1] - ring[..., 1] * after[..., 0]).sum(1)) / 2
+    return dataclasses.replace(
+        profiles, footprint_um=np.sqrt(4 / np.pi * area).astype(np.float32),
+        footprint_kind=np.full(n, POLYGON, np.uint8),
+        polygon_indptr=np.arange(n + 1) * edges, polygon_um=ring.reshape(-1, 2).astype(np.float32),
+    )  # fmt: skip
+
+
+def cells(seed: int = 0, regions: int = 2, side: int = 3, per_region: int = 200, **meta: Any) -> Group:
+    """A group of cells of 8-16 um with outlines."""
+    made = group(seed, regions, side, per_region, **{"platform": "xenium", "kind": "cell"} | meta)
+    rng = np.random.default_rng(seed)
+    made.profiles.footprint_um = rng.uniform(8, 16, len(made.profiles)).astype(np.float32)
+    return dataclasses.replace(made, profiles=outlined(made.profiles, rng))

@@ -18,7 +18,7 @@ from storm.data.order import Position
 from storm.data.stream import Batches, StreamError, batches
 from storm.index import INDEX, Index
 from storm.shards import MANIFEST, Tars
-from tests.data import samples
+from tests.data import corpora, samples
 from tests.data.corpora import BATCH, GROUPS, stream, write
 
 
@@ -168,17 +168,19 @@ def test_skipping_counts_tells_and_replaces_by_the_place_alone(
             assert sum(sums) == pytest.approx(sum(float(batch[name].double().sum()) for batch in taken))
 
 
+@pytest.mark.parametrize("again", [0.0, 1.0])
 def test_a_tile_that_was_packed_damaged_is_named_with_its_shard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, again: float
 ) -> None:
-    """Its hash holds, so only the decoder finds it."""
+    """Its hash holds, so only the decoder finds it: in the batch, or before that where the region is cut again."""
     made = samples.group
 
     def spoil(seed: int, **of: Any) -> Any:
-        group = made(seed, **of)
-        return dataclasses.replace(group, tiles=group.tiles | {(0, 1, 0): b"no picture"}) if seed == 2 else group
+        group = made(seed, **of | {"side": 3})
+        return dataclasses.replace(group, tiles={**group.tiles, (0, 1, 0): b"no picture"}) if seed == 2 else group
 
     monkeypatch.setattr(samples, "group", spoil)
+    monkeypatch.setattr(corpora, "MASK", corpora.MASK.model_copy(update={"recut": again, "crop": 0.0}))
     shards = write(tmp_path / "set", [("s0", i) for i in range(GROUPS)])
     told = r"train/000000\.tar: group s0_00002: slide s0: tile \(0, 1, 0\) is damaged"
     with pytest.raises(StreamError, match=told):

@@ -43,7 +43,7 @@ def test_damaged_bytes_are_refused_and_named(data: bytes) -> None:
 
 def test_every_reader_names_the_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = samples.group(1)
-    group.tiles[0, 0, 0] = bomb(4000)
+    group.tiles = {**group.tiles, (0, 0, 0): bomb(4000)}
     with pytest.raises(ValueError, match=r"slide s1: tile \(0, 0, 0\) is 4000 x 4000 px"):
         collate([group], [plain_view(group, True)], samples.spec())
     opened = store.SlideStore(untrained.write_store(tmp_path, side=3))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from storm.model.storm import Storm
 from storm.presets import ModelConfig
-from storm.schema import APART_UM, BATCH, PLATFORMS, TILE_STATS
+from storm.schema import APART_UM, BATCH, FOOTPRINT_SIDE, PLATFORMS, TILE_STATS
 
 Batch = dict[str, Tensor]
 CONFIG = ModelConfig(
@@ -68,7 +68,9 @@ def profiles(out: dict, rng: np.random.Generator, regions: int, extent_um: float
     out["xy_um"] = rng.uniform(0, extent_um, (regions, n, 2)) * exists[..., None]
     out["pos_um"] = (out["xy_um"] - extent_um / 2) * exists[..., None]
     out["footprint_um"] = rng.uniform(5, 60, (regions, n)) * exists
-    out["footprint_kind"] = rng.integers(0, 2, (regions, n)) * exists
+    out["footprint_points"] = rng.random((regions, n, FOOTPRINT_SIDE, FOOTPRINT_SIDE)) < 0.7
+    out["footprint_points"] &= exists[..., None, None]
+    out["log_area"] = 2 * np.log(rng.uniform(5, 60, (regions, n))) * exists
     out["footprint_input"] = np.log(np.maximum(out["footprint_um"], 1))
 
 

@@ -8,16 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from storm.model.heads import (
-    START_ZERO_LOGIT,
-    Decoder,
-    DepthHead,
-    expected_log1p,
-    log_area,
-    log_partition,
-    soft_clamp,
-)  # fmt: skip
-from storm.schema import DISC, PLATFORMS, SQUARE
+from storm.model.heads import START_ZERO_LOGIT, Decoder, DepthHead, expected_log1p, log_partition, soft_clamp
+from storm.schema import PLATFORMS
 from tests.model.batches import CONFIG, N_GENES, Batch, double, make_batch
 
 
@@ -51,8 +43,7 @@ def test_composition_equals_its_formula() -> None:
 
         z = sum(batch["gene_weight"][r, i] * score(i).exp() for i in range(len(gene)))
         torch.testing.assert_close(log_composition[r, n, k], score(k) - torch.log(torch.as_tensor(z)))
-        size, kind = float(batch["footprint_um"][r, n].clamp_min(1)), int(batch["footprint_kind"][r, n])
-        area = size**2 * (math.pi / 4 if kind == DISC else 1)
+        area = math.exp(batch["log_area"][r, n])
         shift = model.dispersion.weight[0, -1] * math.log(area / (math.pi / 4 * 55**2))
         shift = shift + (model.dispersion.weight[0, platform - 1] if platform else 0)
         expected = soft_clamp(model.gene_dispersion.weight[gene[k], 0] + shift, 7.0)
@@ -124,11 +115,6 @@ def test_the_start_is_the_mean_composition_and_moderate_noise() -> None:
     panel = share[batch["genes"]] / (share[batch["genes"]] * batch["gene_weight"][0]).sum()
     torch.testing.assert_close(log_composition.exp(), panel.expand_as(log_composition))
     assert (log_dispersion.exp() > 2).all() and (log_dispersion.exp() < 10).all()
-
-
-def test_areas() -> None:
-    area = log_area(torch.tensor([55.0, 8.0, 0.0]), torch.tensor([DISC, SQUARE, SQUARE])).exp()
-    torch.testing.assert_close(area, torch.tensor([math.pi * 27.5**2, 64.0, 1.0]))
 
 
 def test_depth_variance_is_bounded_and_starts_at_one() -> None:
