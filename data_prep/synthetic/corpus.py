@@ -1,8 +1,8 @@
 """A corpus: donors, sections, platforms and splits, each section grown, stained, measured and written.
 
 In: a size and a seed. Out: `manifest.csv` (written last), `images/`, `measurements/`, `truth/` and gene descriptors
-under one folder. Where cells are measured too, each donor gives two adjacent cuts: the same latent tissue, each with its
-own stain and H&E, measured by Visium and by Xenium.
+under one folder. Where cells are measured too, each donor gives two adjacent cuts: the same latent tissue, each with
+its own stain and H&E, measured by Visium and by Xenium.
 """
 
 import csv
@@ -233,7 +233,8 @@ def _write_truth(
         np.savez_compressed(handle, allow_pickle=False, **arrays)
 
 
-def _row(section: Section, mpp: float) -> dict[str, str]:
+def manifest_row(section: Section, mpp: float) -> dict[str, str]:
+    """Column -> cell of a section's row of the manifest."""
     name, st = section.slide_id, section.platform == "st"
     folder = f"measurements/{name}"
     return {
@@ -264,7 +265,7 @@ def write_corpus(folder: Path, size: str = "quickstart", seed: int = 0, workers:
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
-    table.writerows(_row(section, SIZES[size].mpp) for section in todo)
+    table.writerows(manifest_row(section, SIZES[size].mpp) for section in todo)
     write_descriptors(folder, expression.choose_genes(SIZES[size].genes, seed), seed)
     manifest = folder / "manifest.csv"
     files.write_bytes(manifest, text.getvalue().encode())
