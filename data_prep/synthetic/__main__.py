@@ -1,4 +1,4 @@
-"""Command line: `python -m data_prep.synthetic OUT --size tiny|quickstart|benchmark --seed 0 --workers 2`."""
+"""Command line: `python -m data_prep.synthetic OUT --size SIZE --seed 0 --workers 2`."""
 
 import argparse
 import sys

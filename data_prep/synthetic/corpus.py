@@ -1,6 +1,8 @@
 """A corpus: donors, sections, platforms and splits, each section grown, stained, measured and written.
 
-In: a size and a seed. Out: `manifest.csv` (written last), `images/`, `measurements/` and `truth/` under one folder.
+In: a size and a seed. Out: `manifest.csv` (written last), `images/`, `measurements/`, `truth/` and gene descriptors
+under one folder. Where cells are measured too, each donor gives two adjacent cuts: the same latent tissue, each with
+its own stain and H&E, measured by Visium and by Xenium.
 """
 
 import csv
@@ -15,7 +17,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.synthetic import expression, vendors
+from data_prep.synthetic import expression, instrument, vendors
+from data_prep.synthetic.descriptors import write_descriptors
 from data_prep.synthetic.expression import PLATFORMS, GenePanel
 from data_prep.synthetic.render import Stain, render
 from data_prep.synthetic.tissue import LATENTS, Floats, Tissue, at, grow, smooth_field
@@ -27,7 +30,10 @@ COLUMNS = ("slide_id", "image", "measurement", "platform", "donor", "study", "or
 
 @dataclass(frozen=True)
 class Size:
-    """How large a corpus is. Donors come in the order train, val, test; every third donor is measured by legacy ST."""
+    """How large a corpus is. Donors come in the order train, val, test.
+
+    Without cells every third donor is measured by legacy ST; with them each donor by Visium and by Xenium.
+    """
 
     train: int
     val: int
@@ -37,6 +43,7 @@ class Size:
     mpp: float
     visium_um: float  # side of a section
     st_um: float
+    probes: int = 0  # genes of the Xenium panel; 0: no cells
 
     @property
     def donors(self) -> int:
@@ -47,6 +54,8 @@ SIZES = {
     "tiny": Size(train=2, val=0, test=1, second=0, genes=320, mpp=0.5, visium_um=1000.0, st_um=1200.0),
     "quickstart": Size(train=5, val=0, test=3, second=2, genes=400, mpp=1.0, visium_um=1500.0, st_um=2400.0),
     "benchmark": Size(train=9, val=2, test=5, second=1, genes=2000, mpp=0.5, visium_um=2600.0, st_um=3200.0),
+    "pair": Size(train=1, val=0, test=1, second=0, genes=160, mpp=1.0, visium_um=600.0, st_um=0.0, probes=80),
+    "platforms": Size(train=6, val=0, test=3, second=0, genes=600, mpp=1.0, visium_um=1800.0, st_um=0.0, probes=300),
 }
 
 
@@ -60,6 +69,7 @@ class Section:
     platform: str
     split: str
     side_um: float
+    tissue: int  # index of the first section of the same latent tissue
 
     @property
     def slide_id(self) -> str:
@@ -82,11 +92,18 @@ def sections(size: Size) -> list[Section]:
     found: list[Section] = []
     for donor in range(size.donors):
         split = "train" if donor < size.train else "val" if donor < size.train + size.val else "test"
-        platform = PLATFORMS[int(donor % 3 == 1)]
-        side_um = size.st_um if platform == "st" else size.visium_um
-        for cut in range(2 if size.second and donor % size.second == 0 else 1):
-            found.append(Section(len(found), donor, cut, platform, split, side_um))
+        for cut, platform in enumerate(_platforms(size, donor)):
+            side_um = size.st_um if platform == "st" else size.visium_um
+            same = len(found) - (platform == "xenium")
+            found.append(Section(len(found), donor, cut, platform, split, side_um, same))
     return found
+
+
+def _platforms(size: Size, donor: int) -> list[str]:
+    """What each cut of a donor is measured by."""
+    if size.probes:
+        return ["visium", "xenium"]
+    return ["st" if donor % 3 == 1 else "visium"] * (2 if size.second and donor % size.second == 0 else 1)
 
 
 def _lattice(rng: np.random.Generator, section: Section, mpp: float) -> Spots:
@@ -172,26 +189,52 @@ def _write_measurement(
 def write_section(out: Path, size: Size, seed: int, section: Section) -> None:
     """Grow, stain, measure and write one section: a pure function of (size, seed, section)."""
     cv2.setNumThreads(1)
-    rng = np.random.default_rng([seed, 103, section.index])
+    rng = np.random.default_rng([seed, 103, section.tissue])
     panel = expression.choose_genes(size.genes, seed)
     tissue = grow(rng, section.side_um)
+    if section.tissue != section.index:
+        rng = np.random.default_rng([seed, 103, section.index])
     dark = float(np.clip(rng.standard_normal(), -2, 2))
     rgb = render(rng, tissue, _stain(rng, dark), size.mpp)
-    spots = _lattice(rng, section, size.mpp)
+    vendors.write_slide(out / "images" / f"{section.slide_id}.tif", rgb, size.mpp)
     tied = dark if section.split == "train" else -dark  # a shortcut that turns round in the test
+    if section.platform == "xenium":
+        _write_cells(out, size, seed, section, rng, panel, tissue, tied)
+        return
+    spots = _lattice(rng, section, size.mpp)
     truth = _measure(rng, panel, section, tissue, spots, tied, seed)
     # a table of legacy ST names the genes it saw, so some are missing there rather than zero
     truth["measured"] = (rng.random(size.genes) > 0.04) | (section.platform == "visium")
-    vendors.write_slide(out / "images" / f"{section.slide_id}.tif", rgb, size.mpp)
     profiles = _write_measurement(out, section, size.mpp, rgb, spots, truth, panel)
+    _write_truth(out, section, panel, profiles, truth)
+
+
+def _write_cells(
+    out: Path, size: Size, seed: int, section: Section, rng: np.random.Generator, panel: GenePanel, tissue: Tissue,
+    dark: float,
+) -> None:  # fmt: skip
+    """The Xenium bundle of a section, and its truth over the genes of its own panel."""
+    probed = expression.targeted(panel, size.probes, seed)
+    shift = _shift(rng, panel, section, dark, seed)[probed]
+    truth = instrument.run(rng, panel.only(probed), tissue, shift, dark)
+    folder = out / "measurements" / section.slide_id / "outs"
+    profiles = instrument.write(folder, rng, truth, panel.only(probed), section.side_um, size.mpp)
+    _write_truth(out, section, panel.only(probed), profiles, truth)
+
+
+def _write_truth(
+    out: Path, section: Section, panel: GenePanel, profiles: npt.NDArray[np.str_], truth: dict[str, npt.NDArray]
+) -> None:
+    """`truth/<slide_id>.npz`: all that is known of the profiles but what the vendor's files say."""
     (out / "truth").mkdir(parents=True, exist_ok=True)
     known = {"gene_id": panel.ids, "gene_class": panel.kind, "symbol": panel.symbols, "profile_id": profiles}
-    arrays = {name: value for name, value in truth.items() if name not in ("kept", "counts")} | known
+    arrays = {k: v for k, v in truth.items() if k not in ("kept", "counts", "polygon_um")} | known
     with files.replacing(out / "truth" / f"{section.slide_id}.npz") as temporary, temporary.open("wb") as handle:
         np.savez_compressed(handle, allow_pickle=False, **arrays)
 
 
-def _row(section: Section, mpp: float) -> dict[str, str]:
+def manifest_row(section: Section, mpp: float) -> dict[str, str]:
+    """Column -> cell of a section's row of the manifest."""
     name, st = section.slide_id, section.platform == "st"
     folder = f"measurements/{name}"
     return {
@@ -222,7 +265,8 @@ def write_corpus(folder: Path, size: str = "quickstart", seed: int = 0, workers:
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
-    table.writerows(_row(section, SIZES[size].mpp) for section in todo)
+    table.writerows(manifest_row(section, SIZES[size].mpp) for section in todo)
+    write_descriptors(folder, expression.choose_genes(SIZES[size].genes, seed), seed)
     manifest = folder / "manifest.csv"
     files.write_bytes(manifest, text.getvalue().encode())
     return manifest

@@ -20,7 +20,7 @@ from storm import genes
 CLASSES = ("a", "b", "c", "d", "e")
 GENE_SHARES = (0.20, 0.20, 0.20, 0.15, 0.25)
 MOLECULE_SHARES = (0.52, 0.12, 0.12, 0.10, 0.14)
-PLATFORMS = ("visium", "st")
+PLATFORMS = ("visium", "st", "xenium")
 # mostly protein-coding: neither RNA genes nor receptor segments
 _ORDINARY = re.compile(r"(?!MIR|LINC|SNOR|RNU|RNA|LOC|IG[HKL]|TR[ABDG]|MT|SCARNA|VTRNA)[A-Z]{2,5}\d{0,2}[A-Z]?")
 
@@ -37,6 +37,13 @@ class GenePanel:
     efficiency: Floats  # [platform, G] log
     stain_programme: npt.NDArray[np.bool_]  # [G] genes of class e that rise with the section's stain in training donors
 
+    def only(self, genes: npt.NDArray[np.int64]) -> "GenePanel":
+        """The panel of some of its genes, in their order."""
+        return GenePanel(
+            self.ids[genes], self.symbols[genes], self.kind[genes], self.level[genes], self.loading[:, genes],
+            self.efficiency[:, genes], self.stain_programme[genes],
+        )  # fmt: skip
+
 
 @functools.cache
 def choose_genes(count: int, seed: int) -> GenePanel:
@@ -50,7 +57,9 @@ def choose_genes(count: int, seed: int) -> GenePanel:
     rng.shuffle(kind)
     programme = (kind == "e") & (rng.random(count) < 1 / 3)
     level = rng.normal(0, 0.8, count)
-    efficiency = rng.normal(0, 0.6, (len(PLATFORMS), count))
+    spots = rng.normal(0, 0.6, (2, count))
+    cells = np.random.default_rng([seed, 105]).normal(0, 0.75, (1, count))
+    efficiency = np.concatenate([spots, cells])
     ids, symbols = np.array(table.ids)[chosen], np.array(table.symbols)[chosen]
     return GenePanel(ids, symbols, kind, level, _loadings(rng, kind), efficiency, programme)
 
@@ -70,6 +79,16 @@ def _loadings(rng: np.random.Generator, kind: npt.NDArray[np.str_]) -> Floats:
     d = np.flatnonzero(kind == "d")
     loading[field[d], d] = 0.6 * strength[d]
     return loading
+
+
+def targeted(panel: GenePanel, count: int, seed: int) -> npt.NDArray[np.int64]:
+    """Which `count` genes a probe panel measures, ascending: of each class the share that it has of all genes."""
+    rng = np.random.default_rng([seed, 106])
+    wanted = np.diff(np.rint(np.cumsum([0, *GENE_SHARES]) * count).astype(np.int64))
+    parts = [
+        rng.choice(np.flatnonzero(panel.kind == c), n, replace=False) for c, n in zip(CLASSES, wanted, strict=True)
+    ]
+    return np.sort(np.concatenate(parts))
 
 
 def cell_expression(panel: GenePanel, latent: Floats, shift: Floats) -> Floats:
