@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from storm import regions, schema
-from storm.data.batch import BatchSpec, collate
+from storm.data.batch import collate, spec_of
 from storm.data.view import plain_view
 from storm.export import Pretrained
 from storm.genes import GeneTable
@@ -201,10 +201,7 @@ def _forward(
     pretrained: Pretrained, slide: Slide, rows: Rows, use_counts: bool, genes: Rows, device: torch.device
 ) -> Iterator[tuple[Rows, dict[str, torch.Tensor]]]:
     """(rows answered [n], the model's outputs for them [n, ...]) of one forward after another."""
-    spec = BatchSpec(
-        pretrained.config.tile_px, len(pretrained.genes), {_PANEL: slide.panel}, pretrained.config.organs,
-        np.asarray(pretrained.genes.share), pretrained.panel,
-    )  # fmt: skip
+    spec = spec_of(pretrained.config, {_PANEL: slide.panel}, np.asarray(pretrained.genes.share), pretrained.panel)
     model = pretrained.model.to(device)
     asks = list(_asks(pretrained, slide, rows, use_counts))
     for start in range(0, len(asks), _REGIONS):

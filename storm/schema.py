@@ -83,7 +83,21 @@ BATCH = {
     "target_log_depth": ("float32", "R N"),  # log L, L = counts over the region's whole target panel
     "depth_target": ("float32", "R N"),  # slide-centred log(L / footprint area)
     "depth_mask": ("bool", "R N"),  # wholly hidden, L > 0
+    # As long as the largest context of a region (encoded tiles and visible profiles): read for its length alone, which
+    # is known without waiting for a device.
+    "context_slots": ("int64", "M"),
 }
+# Beside these, for the expression encoder `tokens`: Q tokens packed, those of a profile side by side, of V profiles
+# that have any (one dummy token where none has), the longest first.
+TOKENS = {
+    "token_gene": ("int64", "Q"),  # vocabulary index
+    "token_value": ("float32", "Q 3"),  # v, log1p(count), percentile of the count's rank in its profile; 0 for a zero
+    "token_offsets": ("int64", "V+1"),  # start of each profile's tokens, and the end
+    "token_profile": ("int64", "V"),  # region * N + n, -1 = dummy
+    "token_slots": ("int64", "L"),  # as long as the longest profile's tokens; read for its length alone
+}
+# And for gene descriptors:
+GENE_KEPT = {"gene_kept": ("bool", "G")}  # the genes whose own embedding takes part in this step
 
 # What the image loss regresses, per tile: means and spreads of the two stains, shares of nuclear and of tissue pixels.
 TILE_STATS = ("hematoxylin_mean", "hematoxylin_sd", "eosin_mean", "eosin_sd", "nuclear_share", "tissue_share")
@@ -309,9 +323,7 @@ def decode(members: Mapping[str, bytes | memoryview], source: str) -> Group:
     )  # fmt: skip
     region = arrays["region"]
     tiles = {
-        (int(m[1]), int(m[2]), int(m[3])): data
-        for name, data in members.items()
-        if (m := _TILE_MEMBER.fullmatch(name))
+        (int(m[1]), int(m[2]), int(m[3])): data for name, data in members.items() if (m := _TILE_MEMBER.fullmatch(name))
     }
     return Group(meta, profiles, region, tiles)
 

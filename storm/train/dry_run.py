@@ -14,7 +14,7 @@ import torch
 
 from storm import losses
 from storm.config import RunConfig, dump
-from storm.data.batch import BatchSpec, collate, loss_genes
+from storm.data.batch import BatchSpec, collate, loss_genes, spec_of
 from storm.data.corpus import Corpus, open_corpus
 from storm.data.order import accumulation
 from storm.data.stream import Batch
@@ -164,7 +164,7 @@ def make_batch(config: RunConfig, shards: Corpus, tiles: int, profiles: int, gro
     share = shards.genes.share
     if share is None:
         raise ValueError(f"{shards.name}: the gene table has no column `share`; pack again")
-    spec = BatchSpec(config.model.tile_px, len(shards.genes), shards.panels, config.model.organs, share)
+    spec = spec_of(config.model, shards.panels, share)
     made = [make_group(config.model, spec, tiles, profiles, view_rng(config.seed, 0, i)) for i in range(groups)]
     views = [draw_view(g, config.mask, view_rng(config.seed, 1, i), spec.panel(g)) for i, g in enumerate(made)]
     return collate(made, views, spec, loss_genes(spec, config.mask.loss_genes, view_rng(config.seed, 2, 0)))

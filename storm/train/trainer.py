@@ -27,7 +27,7 @@ from torch import Tensor
 
 from storm import checkpoints, files, losses
 from storm.config import RunConfig, dump
-from storm.data.batch import BatchSpec
+from storm.data.batch import spec_of
 from storm.data.corpus import Corpus, open_corpus
 from storm.data.stream import Batch, GroupStream, batches
 from storm.losses import TERMS
@@ -140,7 +140,7 @@ class Trainer:
         self.world, self.run_dir, self.step = world, Path(config.run_dir), 0
         self.requests = stop.Requests(self.run_dir, world.rank, config.stop)
         data, model = self.config.data, self.config.model
-        spec = BatchSpec(model.tile_px, len(shards.genes), shards.panels, model.organs, share)
+        spec = spec_of(model, shards.panels, share)
         self.stream = GroupStream(shards, spec, config.mask, data, config.seed, world.rank, world.size)
         torch.manual_seed(config.seed * 1_000_003 + world.rank)
         network = Storm(model, len(shards.genes), config.seed, config.engine.activation_checkpointing)

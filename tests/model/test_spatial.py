@@ -9,6 +9,7 @@ from tests.model.batches import CONFIG
 
 TILES, PROFILES = 3, 5
 CONTEXT = torch.tensor([[True, False, True, True, False, True, False, False], [False] * 8])
+SLOTS = torch.arange(4)  # the first region has four
 
 
 def space() -> Space:
@@ -29,13 +30,13 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def answers(model: Space, tiles: Tensor, profiles: Tensor, place: Tensor) -> Tensor:
-    return torch.cat(model(tiles, profiles, CONTEXT, place), dim=1)
+    return torch.cat(model(tiles, profiles, CONTEXT, place, SLOTS), dim=1)
 
 
 def test_tokens_come_back_at_their_places() -> None:
     """Blocks that are the identity give each token its own norm, whatever the order inside."""
     model, (tiles, profiles, place) = Space(CONFIG), inputs()
-    out_tiles, out_profiles = model(tiles, profiles, CONTEXT, place)
+    out_tiles, out_profiles = model(tiles, profiles, CONTEXT, place, SLOTS)
     torch.testing.assert_close(out_tiles, model.blocks.norm(tiles))
     torch.testing.assert_close(out_profiles, model.blocks.norm(profiles))
 

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from storm import losses
 from storm.model.storm import Storm
-from tests.model.batches import CONFIG, N_GENES, Batch, awake, choose_profiles, double, make_batch, pad_tiles
+from tests.model.batches import (
+    CONFIG,
+    N_GENES,
+    Batch,
+    awake,
+    choose_profiles,
+    completed,
+    double,
+    make_batch,
+    pad_tiles,
+)
 
 PROFILE_OUTPUTS = ("log_composition", "log_dispersion", "depth_mean", "depth_log_var", "embedding")
 
@@ -47,6 +57,7 @@ def test_targets_are_no_input(model: Storm, batch: Batch) -> None:
 def test_a_footprint_asked_alone_among_36_and_among_1225(model: Storm, visible: int) -> None:
     whole = make_batch(regions=1, n=1226 + visible)
     whole["visible"] = torch.arange(1226 + visible)[None] < visible
+    whole = completed(whole)
     context = list(range(visible))
     asked = [700, 12, 1000]
     everything = model(choose_profiles(whole, list(range(1225 + visible))))
@@ -94,7 +105,8 @@ def test_regions_do_not_mix(model: Storm) -> None:
 
 def two_of(batch: Batch) -> Batch:
     """A batch that holds its one region twice."""
-    out = {name: x if name == "genes" else torch.cat([x, x]) for name, x in batch.items()}
+    once = {"genes", "context_slots"}
+    out = {name: x if name in once else torch.cat([x, x]) for name, x in batch.items()}
     out["tile_at"][1][batch["tile_at"][0] >= 0] += len(batch["tiles"])
     out["tile_slot"][len(batch["tiles"]) :] += batch["tile_present"].shape[1]
     out["input_offsets"][len(batch["input_offsets"]) :] += len(batch["input_gene"])
