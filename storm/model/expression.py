@@ -48,7 +48,7 @@ class GeneEmbedding(nn.Embedding):
         if offsets is None or value is None:
             rows = super().forward(gene)
             rows = rows if share is None else rows * share[:, None]
-            return rows if self.project is None else rows + self._described(gene)
+            return rows if self.project is None else rows + self.describe(self.descriptor[gene])
         own = value if share is None else value * share
         total = F.embedding_bag(gene, self.weight, offsets, mode="sum", per_sample_weights=own)
         if self.project is None:
@@ -61,11 +61,6 @@ class GeneEmbedding(nn.Embedding):
         """What descriptors [K, C], in the columns' own units of spread, say of e_g: [K, E]."""
         assert self.project is not None
         return self.project(standardised) * self.embedding_dim**-0.5
-
-    def _described(self, gene: Tensor) -> Tensor:
-        if len(gene) < self.num_embeddings:
-            return self.describe(self.descriptor[gene])
-        return self.describe(self.descriptor)[gene]  # many tokens of few genes
 
 
 class Encoder(nn.Module):

@@ -85,9 +85,15 @@ def model_table(model: ModelConfig, genes: int) -> str:
 
 
 def sizes_of(model: ModelConfig, tiles: float, profiles: float, genes: int) -> Sizes:
-    """Sizes of one group of one region, half of whose profiles are visible."""
-    tokens, context = model.registers + tiles + profiles, model.registers + tiles + profiles / 2
-    return Sizes(tiles, tiles, profiles, tokens, context, tokens * context, genes)
+    """Sizes of one group of one region, half of whose profiles are visible, with all tokens that they may have."""
+    visible = profiles / 2
+    tokens, context = model.registers + tiles + profiles, model.registers + tiles + visible
+    expressed = visible if model.expression == "tokens" else 0.0
+    shown = model.expression_genes + model.expression_zeros
+    return Sizes(
+        tiles, tiles, profiles, tokens, context, tokens * context, genes, expressed, expressed * shown,
+        expressed * shown**2,
+    )  # fmt: skip
 
 
 def times(size: Sizes, groups: int) -> Sizes:
@@ -102,7 +108,7 @@ def step_table(model: ModelConfig, size: Sizes) -> str:
     work = flops.training(model, size)
     rows = [
         ("patches of tiles", size.tiles * patches, "morphology"),
-        ("parts of profiles", size.profiles * flops.PARTS, "expression"),
+        ("parts of profiles, genes", size.profiles * flops.PARTS + size.shown, "expression"),
         ("tokens of regions", size.tokens, "space"),
         ("loss genes x profiles", size.genes * size.profiles, "heads"),
     ]
