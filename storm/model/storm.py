@@ -131,6 +131,13 @@ class Storm(nn.Module):
             "embedding": h_RND,
         }
 
+    @torch.no_grad()
+    def unseen(self, h_RND: Tensor, batch: dict[str, Tensor], descriptor_UC: Tensor) -> tuple[Tensor, Tensor]:
+        """log composition and log dispersion [R, N, U] of genes outside the vocabulary, of profiles with the
+        embeddings `h_RND`; their descriptors as the user's table has them. See `Decoder.unseen`."""
+        rows_UE = self.genes.describe((descriptor_UC - self.genes.centre) / self.genes.scale)
+        return self.decoder.unseen(h_RND, rows_UE, self.genes(batch["genes"]), batch)
+
     def _place(self, tile_TD: Tensor, slot_T: Tensor, encoded_RC: Tensor) -> Tensor:
         """[R, C, D]: packed tiles at their slots, the learned vector of a hidden tile elsewhere (under a dummy too)."""
         flat = tile_TD.new_zeros(encoded_RC.numel(), tile_TD.shape[1])

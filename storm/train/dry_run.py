@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from storm import losses
+from storm import descriptors, losses
 from storm.config import RunConfig, dump
 from storm.data.batch import BatchSpec, collate, loss_genes, spec_of
 from storm.data.corpus import Corpus, open_corpus
@@ -40,7 +40,8 @@ def dry_run(config: RunConfig, ranks: int) -> str:
         NotFiniteError: the synthetic batch gave no finite loss or gradient.
     """
     shards = open_corpus(config.data)
-    config = config.model_copy(update={"model": fit_model(config.model, shards)})
+    model, _ = descriptors.fit(fit_model(config.model, shards), config.data.descriptors)
+    config = config.model_copy(update={"model": model})
     tiles, profiles = (np.concatenate([getattr(part.index, name) for part in shards.groups.parts])
                        for name in ("tiles", "profiles"))  # fmt: skip
     micro = config.data.micro_batch_size
