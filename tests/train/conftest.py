@@ -44,6 +44,7 @@ def two(alone: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory
         if stage not in done:
             folder = done[stage] = tmp_path_factory.mktemp(f"stage{stage}")
             runs.carry(alone, folder / "other")
+            runs.descriptors(tiny_shards, folder)
             words = runs.words(tiny_shards, folder, 1, *runs.KEEP, f"engine.zero_stage={stage}", runs.DIVIDED)
             jobs.Ranks(["-m", "tests.train.runs", str(folder), *words], 2, folder / "out.txt").wait()
         return done[stage]
