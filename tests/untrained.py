@@ -96,10 +96,12 @@ def shards_checkpoint(shards: Path, run: Path) -> Path:
     return _write(run / "checkpoints" / "step_0000020", config, table, own, 20)
 
 
-def write_checkpoint(run: Path, step: int = 20, complete: bool = True, split_by: str = "donor") -> Path:
+def write_checkpoint(
+    run: Path, step: int = 20, complete: bool = True, split_by: str = "donor", config: ModelConfig = MODEL
+) -> Path:
     """A checkpoint of `run` as training leaves it, without the engine's own files."""
     folder = run / "checkpoints" / f"step_{step:07d}"
-    return _write(folder, MODEL, GENES, reference(split_by=split_by), step, complete)
+    return _write(folder, config, GENES, reference(split_by=split_by), step, complete)
 
 
 def _write(
