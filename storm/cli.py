@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--genes", help="a file with one symbol or Ensembl id per line, or a list A,B,C")
             command.add_argument("--unit", default="lognorm", help="lognorm, raw, composition or mu")
+            command.add_argument("--descriptors", type=Path, help="npz by which genes that the model lacks are known")
     command = commands.add_parser("export", help="checkpoint -> the folder that others load")
     command.add_argument("--run", dest="run_dir", type=Path, required=True, help="run folder")
     command.add_argument("--checkpoint", type=Path, help="instead of the newest complete one")
@@ -248,10 +249,14 @@ def predict(args: argparse.Namespace) -> int:
             raise ValueError(f"--genes {listed}: no such file; give a file with a gene per line, or a list A,B,C")
         genes = listed.read_text(encoding="utf-8").split() if listed.is_file() else args.genes.split(",")
 
+    from storm import descriptors
+
+    table = descriptors.read(args.descriptors) if args.descriptors else None
+
     def make(pretrained: "Pretrained", source: _Source) -> "anndata.AnnData":
         from storm import results
 
-        return results.predict(pretrained, source.path, genes, args.unit, device=args.device)
+        return results.predict(pretrained, source.path, genes, args.unit, device=args.device, table=table)
 
     return _each(args, make)
 

@@ -124,6 +124,9 @@ class DataConfig(Section):
     verify: bool = Field(
         default=True, description="compare each group with its sha256, a tenth of what it takes to decode it"
     )
+    descriptors: str = Field(
+        default="", description="npz of gene_id and descriptor, for genes outside the vocabulary; empty: none"
+    )
     on_error: Literal["fail", "skip"] = Field(default="fail", description="what a damaged group does")
     skip_most: int = Field(default=100, ge=0, description="damaged groups that a rank skips before it fails after all")
     timeout_s: float = Field(default=600.0, gt=0, description="wait for loader processes; then the run ends")

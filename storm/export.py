@@ -144,12 +144,16 @@ def _build(config: dict[str, Any], n_genes: int, weights: dict[str, torch.Tensor
     return model.eval().requires_grad_(False)
 
 
+def _token_weights(sizes: ModelConfig) -> int:
+    return sizes.expression_depth * sizes.expression_width**2 if sizes.expression == "tokens" else 0
+
+
 def _least(sizes: ModelConfig, n_genes: int) -> int:
     """A number of weights that such a model surely exceeds: what is loaded bounds what is built."""
     return max(
         sizes.image_depth * sizes.image_width**2, sizes.fusion_depth * sizes.fusion_width**2,
-        sizes.space_depth * sizes.space_width**2, 3 * sizes.patch_px**2 * sizes.image_width,
-        n_genes * sizes.gene_width, sizes.registers * sizes.space_width,
+        sizes.space_depth * sizes.space_width**2, _token_weights(sizes), 3 * sizes.patch_px**2 * sizes.image_width,
+        n_genes * (sizes.gene_width + sizes.descriptor_width), sizes.registers * sizes.space_width,
     )  # fmt: skip
 
 

@@ -16,10 +16,11 @@ import numpy.typing as npt
 import torch
 
 from storm import regions, schema
-from storm.data.batch import BatchSpec, collate
+from storm.data.batch import collate, spec_of
 from storm.data.view import plain_view
+from storm.descriptors import Descriptors
 from storm.export import Pretrained
-from storm.genes import GeneTable
+from storm.genes import GeneTable, canonical, species_of
 from storm.model.heads import expected_log1p
 from storm.regions import Region
 from storm.store import SlideStore
@@ -55,7 +56,7 @@ class Prediction:
     predicted.
     """
 
-    genes: Rows  # [K] vocabulary indices
+    genes: Rows  # [K] vocabulary indices; from the vocabulary's length on, the unseen genes in the order of the call
     composition: Floats  # [N, K] share of each gene among the reference panel
     log_depth: Floats  # [N]
     depth_log_var: Floats  # [N] of the slide-centred log depth
@@ -206,13 +207,17 @@ def _group(pretrained: Pretrained, slide: Slide, ask: _Ask) -> schema.Group:
 
 
 def _forward(
-    pretrained: Pretrained, slide: Slide, rows: Rows, use_counts: bool, genes: Rows, device: torch.device
+    pretrained: Pretrained,
+    slide: Slide,
+    rows: Rows,
+    use_counts: bool,
+    genes: Rows,
+    device: torch.device,
+    unseen: Floats | None = None,
 ) -> Iterator[tuple[Rows, dict[str, torch.Tensor]]]:
-    """(rows answered [n], the model's outputs for them [n, ...]) of one forward after another."""
-    spec = BatchSpec(
-        pretrained.config.tile_px, len(pretrained.genes), {_PANEL: slide.panel}, pretrained.config.organs,
-        np.asarray(pretrained.genes.share), pretrained.panel,
-    )  # fmt: skip
+    """(rows answered [n], the model's outputs for them [n, ...]) of one forward after another; unseen genes come after
+    the others."""
+    spec = spec_of(pretrained.config, {_PANEL: slide.panel}, np.asarray(pretrained.genes.share), pretrained.panel)
     model = pretrained.model.to(device)
     asks = list(_asks(pretrained, slide, rows, use_counts))
     for start in range(0, len(asks), _REGIONS):
@@ -220,7 +225,12 @@ def _forward(
         groups = [_group(pretrained, slide, ask) for ask in some]
         batch = collate(groups, [plain_view(group, use_counts) for group in groups], spec, genes)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            outputs = model({name: tensor.to(device) for name, tensor in batch.items()})
+            moved = {name: tensor.to(device) for name, tensor in batch.items()}
+            outputs = model(moved)
+            if unseen is not None:
+                more = model.unseen(outputs["embedding"], moved, torch.from_numpy(unseen).to(device))
+                for name, values in zip(("log_composition", "log_dispersion"), more, strict=True):
+                    outputs[name] = torch.cat([outputs[name], values], dim=-1)
         for i, ask in enumerate(some):
             at = torch.from_numpy(np.flatnonzero(ask.wanted)).to(device)
             names = ("embedding", "log_composition", "log_dispersion", "zero_logit", "depth_mean", "depth_log_var")
@@ -251,11 +261,13 @@ def embed(
     return np.zeros((0, 0), np.float32) if found is None else found
 
 
-def gene_indices(pretrained: Pretrained, genes: list[str] | None) -> tuple[Rows, list[str]]:
-    """([K] vocabulary indices of Ensembl ids or symbols, those that the model cannot know); None = the reference panel.
+def gene_indices(
+    pretrained: Pretrained, genes: list[str] | None, table: Descriptors | None = None
+) -> tuple[Rows, list[str]]:
+    """([K] vocabulary indices of Ensembl ids or symbols, those that are not there); None = the reference panel.
 
     Raises:
-        ValueError: the reference panel holds none of the genes.
+        ValueError: neither the reference panel nor the table, where one is given, holds any of the genes.
     """
     known = np.flatnonzero(pretrained.panel)
     if genes is None:
@@ -265,16 +277,43 @@ def gene_indices(pretrained: Pretrained, genes: list[str] | None) -> tuple[Rows,
         by_name.setdefault(pretrained.genes.symbols[i], int(i))
     by_name |= {pretrained.genes.ids[i]: int(i) for i in known}
     found = list(dict.fromkeys(by_name[gene] for gene in genes if gene in by_name))
-    if not found:
+    absent = [gene for gene in genes if gene not in by_name]
+    if not found and not (table and unseen_rows(pretrained, table, absent)[0]):
         raise ValueError(
-            f"none of the {len(genes)} genes (as {genes[0]!r}) is in the model's reference panel; see genes.tsv"
+            f"none of the {len(genes)} genes (as {genes[0]!r}) is in the model's reference panel; see genes.tsv. "
+            f"{refusal(pretrained)}"
         )
-    return np.array(found, dtype=np.int64), [gene for gene in genes if gene not in by_name]
+    return np.array(found, dtype=np.int64), absent
+
+
+def refusal(pretrained: Pretrained) -> str:
+    """Why a gene outside the reference panel is not predicted, and what would let it be."""
+    if pretrained.config.descriptor_width:
+        return "A gene outside it needs a row in a table of descriptors of the kind the model was trained with"
+    return "A gene outside it cannot be known: the model was trained without descriptors of genes"
+
+
+def unseen_rows(pretrained: Pretrained, table: Descriptors, genes: list[str]) -> tuple[dict[str, str], Floats]:
+    """(gene -> Ensembl id, of U genes, descriptors [U, C]) of those ids or symbols that the table has.
+
+    Raises:
+        ValueError: the model has no descriptors, or others.
+    """
+    columns = pretrained.config.descriptor_width
+    if table.columns != columns:
+        raise ValueError(
+            f"{table.source}: has {table.columns} columns, the model was trained "
+            f"{f'with descriptors of {columns}; give the table of its training' if columns else 'without descriptors'}"
+        )
+    species, row = species_of(pretrained.genes.ids) or "human", {name: i for i, name in enumerate(table.ids)}
+    ids = {gene: gene if gene in row else canonical(gene, species) for gene in genes}
+    found = {gene: gene_id for gene, gene_id in ids.items() if gene_id in row}
+    return found, table.values[[row[gene_id] for gene_id in found.values()]]
 
 
 def predict(
     pretrained: Pretrained, slide: Slide, genes: Rows | None = None, rows: Rows | None = None,
-    use_counts: bool = False, device: str | None = None,
+    use_counts: bool = False, device: str | None = None, unseen: Floats | None = None,
 ) -> Prediction:  # fmt: skip
     """Expected expression of all footprints, or of those at `rows`.
 
@@ -282,17 +321,21 @@ def predict(
         genes: [K] vocabulary indices to return; None = the reference panel. The composition is over the whole reference
             panel whatever is returned.
         use_counts: let the model see the counts it is asked to predict as well (a reconstruction, not a prediction).
+        unseen: [U, C] descriptors of genes outside the vocabulary (`unseen_rows`), returned after the others. Their
+            mean level is that of the known genes: the contrasts between footprints are predicted.
     """
     panel = np.flatnonzero(pretrained.panel)
     genes = panel if genes is None else genes
-    columns = torch.from_numpy(np.searchsorted(panel, genes))
+    more = np.arange(0 if unseen is None else len(unseen))
+    columns = torch.from_numpy(np.concatenate([np.searchsorted(panel, genes), len(panel) + more]))
+    genes = np.concatenate([genes, len(pretrained.genes) + more])
     rows = np.arange(len(slide.profiles)) if rows is None else rows
     place = {int(row): i for i, row in enumerate(rows)}
     composition = np.zeros((len(rows), len(genes)), np.float32)
     dispersion = np.full_like(composition, np.nan if pretrained.config.likelihood == "lognorm" else np.inf)
     zeros = np.zeros(len(genes), np.float32)
     contrast, log_var = (np.zeros(len(rows), np.float32) for _ in range(2))
-    for done, outputs in _forward(pretrained, slide, rows, use_counts, panel, _device(device)):
+    for done, outputs in _forward(pretrained, slide, rows, use_counts, panel, _device(device), unseen):
         at = [place[int(row)] for row in done]
         composition[at] = outputs["log_composition"][:, columns].exp().numpy()
         if "log_dispersion" in outputs:

@@ -11,7 +11,9 @@ from typing import Any
 
 LIKELIHOODS = ("nb", "poisson", "zinb", "lognorm")
 READS = ("footprint", "tile")
-_MAY_BE_0 = ("registers", "align_width")
+EXPRESSIONS = ("bag", "tokens")  # encoders of what a profile shows of its counts
+POSITIONS = ("rotary", "distance_bias", "none")  # how tokens of a region know where they lie
+_MAY_BE_0 = ("registers", "align_width", "space_depth", "expression_zeros", "descriptor_width")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,13 @@ class ModelConfig:
     align_width: int = 0  # of the vectors that align image and expression; 0: none
     organs: tuple[str, ...] = ()  # names behind organ ids 1, 2, ...; 0 = unknown
     reads: str = "footprint"  # or "tile": each profile gets the mean of the tile that holds its centre (an ablation)
+    expression: str = "bag"  # of EXPRESSIONS
+    expression_width: int = 64  # of `tokens`, as the three below; a bag has the width of a gene's embedding
+    expression_depth: int = 2
+    expression_genes: int = 128  # genes with counts of a profile that become tokens, at most
+    expression_zeros: int = 64  # measured genes without a count that do
+    position: str = "rotary"  # of POSITIONS
+    descriptor_width: int = 0  # columns of the table that describes genes; 0: no table
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -44,7 +53,10 @@ class ModelConfig:
             raise ValueError(f"model.reads={self.reads!r}{nearest(self.reads, list(READS))}")
         if not 0 < self.tile_mpp < math.inf:
             raise ValueError(f"model.tile_mpp={self.tile_mpp} must be above 0")
-        for name in ("image_width", "fusion_width", "space_width"):
+        for name, known in (("expression", EXPRESSIONS), ("position", POSITIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"model.{name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        for name in ("image_width", "fusion_width", "space_width", *self._token_widths):
             if getattr(self, name) % self.head_width:
                 raise ValueError(f"model.{name}={getattr(self, name)} is no multiple of head_width={self.head_width}")
         if self.likelihood not in LIKELIHOODS:
@@ -54,6 +66,10 @@ class ModelConfig:
             raise ValueError(f"model.head_width={self.head_width} must be a multiple of 8 (2-D rotary pairs)")
         if self.tile_px % self.patch_px:
             raise ValueError(f"model.tile_px={self.tile_px} is no multiple of patch_px={self.patch_px}")
+
+    @property
+    def _token_widths(self) -> tuple[str, ...]:
+        return ("expression_width",) if self.expression == "tokens" else ()
 
     @property
     def tile_um(self) -> float:
@@ -69,11 +85,14 @@ class ModelConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {"image_width": 384, "image_depth": 12, "gene_width": 256, "fusion_width": 384, "fusion_depth": 2}
-    | {"space_width": 384, "space_depth": 4, "head_width": 64, "align_width": 128},
+    | {"space_width": 384, "space_depth": 4, "head_width": 64, "align_width": 128}
+    | {"expression_width": 256, "expression_depth": 4, "expression_genes": 512},  # with expression=tokens
     "base": {"image_width": 768, "image_depth": 12, "gene_width": 512, "fusion_width": 768, "fusion_depth": 3}
-    | {"space_width": 768, "space_depth": 8, "head_width": 64, "align_width": 128},
+    | {"space_width": 768, "space_depth": 8, "head_width": 64, "align_width": 128}
+    | {"expression": "tokens", "expression_width": 512, "expression_depth": 8, "expression_genes": 512},
     "large": {"image_width": 1024, "image_depth": 24, "gene_width": 768, "fusion_width": 1024, "fusion_depth": 4}
-    | {"space_width": 1024, "space_depth": 16, "head_width": 64, "align_width": 128},
+    | {"space_width": 1024, "space_depth": 16, "head_width": 64, "align_width": 128}
+    | {"expression": "tokens", "expression_width": 768, "expression_depth": 12, "expression_genes": 1024},
 }
 
 
@@ -81,6 +100,11 @@ def nearest(name: str, known: list[str]) -> str:
     """' (nearest: ...)' with the known name most like `name`, or all known names, for an error message."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f" (nearest: {close[0]})" if close else f" (known: {', '.join(known)})"
+
+
+def _types(default: Any) -> tuple[type, ...]:
+    """What a value in place of `default` may be: of its type, or a whole number where it is a fraction."""
+    return (float, int) if isinstance(default, float) else (type(default),)
 
 
 def resolve_model(values: dict[str, Any]) -> ModelConfig:
@@ -99,6 +123,6 @@ def resolve_model(values: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"model.{key} is no key{nearest(key, [*defaults, 'preset'])}")
         if key == "organs":
             values[key] = tuple(value)
-        elif isinstance(value, bool) or not isinstance(value, (type(defaults[key]), int)):
+        elif isinstance(value, bool) or not isinstance(value, _types(defaults[key])):
             raise ValueError(f"model.{key}={value!r} should be of type {type(defaults[key]).__name__}")
     return ModelConfig(**{**PRESETS[preset], **values})

@@ -20,6 +20,7 @@ from scipy import sparse
 
 from storm import checkpoints, files, inference
 from storm.data.tile import decode_tile
+from storm.descriptors import Descriptors
 from storm.export import Pretrained
 from storm.inference import Prediction, Slide
 from storm.store import SlideStore
@@ -59,7 +60,7 @@ def embed(
 
 def predict(
     pretrained: Pretrained, store: SlideStore | str | Path, genes: list[str] | None = None, unit: str = "lognorm",
-    use_counts: bool = False, device: str | None = None,
+    use_counts: bool = False, device: str | None = None, table: Descriptors | None = None,
 ) -> anndata.AnnData:  # fmt: skip
     """Expected expression of a slide's profiles, or of a lattice over its tissue where it has none, from H&E.
 
@@ -68,6 +69,7 @@ def predict(
             None = its reference panel.
         unit: one of UNITS.
         use_counts: let the model see the measured counts too: a reconstruction, no prediction.
+        table: descriptors, from which genes outside the reference panel are predicted; var["unseen"] marks them.
 
     Raises:
         ValueError: unknown unit, or none of the genes is known.
@@ -75,21 +77,26 @@ def predict(
     if unit not in UNITS:
         raise ValueError(f"unit {unit!r} is unknown; choose one of {', '.join(UNITS)}")
     slide = inference.prepare(pretrained, _opened(store))
-    indices, left_out = inference.gene_indices(pretrained, genes)
-    predicted = inference.predict(pretrained, slide, indices, None, use_counts, device)
+    indices, left_out = inference.gene_indices(pretrained, genes, table)
+    unseen, rows = inference.unseen_rows(pretrained, table, left_out) if table else ({}, None)
+    predicted = inference.predict(pretrained, slide, indices, None, use_counts, device, rows)
     obs = pd.DataFrame(
         {"predicted_log_depth": predicted.log_depth, "footprint_um": slide.profiles.footprint_um},
         index=pd.Index(slide.profiles.ids),
     )
     var = pd.DataFrame(
-        {"gene_ids": [pretrained.genes.ids[i] for i in indices]}, index=[pretrained.genes.symbols[i] for i in indices]
+        {"gene_ids": [*(pretrained.genes.ids[i] for i in indices), *unseen.values()]},
+        index=[*(pretrained.genes.symbols[i] for i in indices), *unseen],
     )
+    if table:
+        var["unseen"] = np.arange(len(var)) >= len(indices)
     result = anndata.AnnData(np.asarray(_values(predicted, unit), np.float32), obs, var)
     result.var_names_make_unique()
     _place(result, slide, np.arange(len(obs)))
-    unknown = left_out if genes is not None else list(slide.unknown)
+    unknown = [gene for gene in left_out if gene not in unseen] if genes is not None else list(slide.unknown)
     result.uns["storm"] = provenance(pretrained, slide, use_counts) | {
         "unit": f"{unit}: {UNITS[unit]}", "genes_left_out": np.array(unknown, dtype=object),
+        "genes_left_out_why": inference.refusal(pretrained) if unknown else "",
     }  # fmt: skip
     return result
 

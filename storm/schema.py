@@ -88,10 +88,24 @@ BATCH = {
     # for the contrast of image and expression
     "place_um": ("float32", "R N 2"),  # centre in the slide's frame, from the origin of its group's first region
     "negatives": ("int64", "R N"),  # profiles of its group with a part in it, APART_UM or more away; -1 = has no part
+    # As long as the largest context of a region (encoded tiles and visible profiles): read for its length alone, which
+    # is known without waiting for a device.
+    "context_slots": ("int64", "M"),
 }
+# Beside these, for the expression encoder `tokens`: Q tokens packed, those of a profile side by side, of V profiles
+# that have any (one dummy token where none has), the longest first.
+TOKENS = {
+    "token_gene": ("int64", "Q"),  # vocabulary index
+    "token_value": ("float32", "Q 3"),  # v, log1p(count), percentile of the count's rank in its profile; 0 for a zero
+    "token_offsets": ("int64", "V+1"),  # start of each profile's tokens, and the end
+    "token_profile": ("int64", "V"),  # region * N + n, -1 = dummy
+    "token_slots": ("int64", "L"),  # as long as the longest profile's tokens; read for its length alone
+}
+# And for gene descriptors:
+GENE_KEPT = {"gene_kept": ("bool", "G")}  # the genes whose own embedding takes part in this step
+
 LOGNORM_SCALE = 1e4  # lognorm is log1p of counts that are brought to this sum
 APART_UM = 150.0  # nearer profiles are too much alike to be told apart
-
 # What the image loss regresses, per tile: means and spreads of the two stains, shares of nuclear and of tissue pixels.
 TILE_STATS = ("hematoxylin_mean", "hematoxylin_sd", "eosin_mean", "eosin_sd", "nuclear_share", "tissue_share")
 
@@ -326,9 +340,7 @@ def decode(members: Mapping[str, bytes | memoryview], source: str) -> Group:
     )  # fmt: skip
     region = arrays["region"]
     tiles = {
-        (int(m[1]), int(m[2]), int(m[3])): data
-        for name, data in members.items()
-        if (m := _TILE_MEMBER.fullmatch(name))
+        (int(m[1]), int(m[2]), int(m[3])): data for name, data in members.items() if (m := _TILE_MEMBER.fullmatch(name))
     }
     return Group(meta, profiles, region, tiles)
 

@@ -18,7 +18,7 @@ ROOTS = ("storm", "data_prep", "launch")
 # which is an error: whoever adds it says where it belongs.
 BASE = (
     "schema", "npz", "genes", "presets", "regions", "store", "index", "shards", "config", "files", "commands",
-    "markdown", "counts",
+    "markdown", "counts", "descriptors",
 )  # fmt: skip
 ABOVE = ("data", "model", "losses", "checkpoints", "train", "export", "inference", "results", "evaluate", "cli")
 LAYERS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storm import export, genes, inference, schema, store
+from storm import descriptors, export, genes, inference, results, schema, store
 from storm.inference import Slide
 from tests import untrained
 
@@ -59,7 +59,9 @@ def test_a_prediction_follows_the_likelihood(pretrained: export.Pretrained, slid
     """The noise that a model has not learned is not made up: Poisson, or none."""
     found = {"nb": inference.predict(pretrained, slide)}
     for likelihood in ("poisson", "zinb", "lognorm"):
-        run = untrained.write_checkpoint(tmp_path / likelihood, likelihood=likelihood)
+        run = untrained.write_checkpoint(
+            tmp_path / likelihood, config=dataclasses.replace(untrained.MODEL, likelihood=likelihood)
+        )
         other = export.load(export.export(run, tmp_path / f"{likelihood}_model"))
         found[likelihood] = inference.predict(other, slide)
     assert all(np.isfinite(p.lognorm()).all() and np.isfinite(p.raw()).all() for p in found.values())
@@ -172,3 +174,39 @@ def test_tiles_of_another_size_and_foreign_genes_are_refused(pretrained: export.
     found.genes = lambda: mouse  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="none of its 30 genes"):
         inference.prepare(pretrained, found)
+
+
+def test_genes_outside_the_vocabulary_by_their_descriptors(slide: Slide, tmp_path: Path) -> None:
+    """The table travels with the export; what else is asked changes no answer; the rest is refused with the reason."""
+    config = dataclasses.replace(untrained.MODEL, descriptor_width=3, expression="tokens", expression_width=16)
+    checkpoint = untrained.write_checkpoint(tmp_path / "run", config=config)
+    described = export.load(export.export(checkpoint, tmp_path / "model"))
+    assert described.model.genes.descriptor.abs().sum() > 0
+    np.savez(tmp_path / "d.npz", gene_id=np.array(["ENSG00000099999.2", "ENSG00000088888"]),
+             descriptor=np.array([[1, 2, 3], [0, 1, -1.0]]))  # fmt: skip
+    table = descriptors.read(tmp_path / "d.npz")
+    asked = ["GENE5", "ENSG00000099999", "NOWHERE", "ENSG00000088888"]
+    found, absent = inference.gene_indices(described, asked, table)
+    unseen, rows = inference.unseen_rows(described, table, absent)
+    assert found.tolist() == [5] and list(unseen) == ["ENSG00000099999", "ENSG00000088888"]
+    both = inference.predict(described, slide, found, unseen=rows)
+    assert both.genes.tolist() == [5, 40, 41] and np.isfinite(both.lognorm()).all()
+    close(both.composition[:, :1], inference.predict(described, slide, found).composition)
+    assert (both.composition[:, 1:].std(0) / both.composition[:, 1:].mean(0) > 1e-5).all()
+    only, _ = inference.gene_indices(described, asked[3:], table)
+    lone = inference.predict(described, slide, only, unseen=rows[1:])
+    close(lone.composition[:, 0], both.composition[:, 2])
+    result = results.predict(described, slide.store, asked, table=table)
+    assert list(result.var["unseen"]) == [False, True, True]
+    assert list(result.uns["storm"]["genes_left_out"]) == ["NOWHERE"]
+    assert "needs a row in a table" in result.uns["storm"]["genes_left_out_why"]
+
+
+def test_without_descriptors_an_unseen_gene_is_refused_with_the_reason(
+    pretrained: export.Pretrained, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="trained without descriptors of genes"):
+        inference.gene_indices(pretrained, ["ENSG00000099999"])
+    np.savez(tmp_path / "d.npz", gene_id=np.array(["ENSG00000099999"]), descriptor=np.ones((1, 3)))
+    with pytest.raises(ValueError, match=r"d\.npz: has 3 columns, the model was trained without descriptors"):
+        inference.unseen_rows(pretrained, descriptors.read(tmp_path / "d.npz"), ["ENSG00000099999"])

@@ -97,11 +97,10 @@ def shards_checkpoint(shards: Path, run: Path) -> Path:
 
 
 def write_checkpoint(
-    run: Path, step: int = 20, complete: bool = True, split_by: str = "donor", likelihood: str = "nb"
+    run: Path, step: int = 20, complete: bool = True, split_by: str = "donor", config: ModelConfig = MODEL
 ) -> Path:
     """A checkpoint of `run` as training leaves it, without the engine's own files."""
     folder = run / "checkpoints" / f"step_{step:07d}"
-    config = dataclasses.replace(MODEL, likelihood=likelihood)
     return _write(folder, config, GENES, reference(split_by=split_by), step, complete)
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from storm.data import stain
+from storm.data import stain, tokens
 from storm.data.outline import sample_points
 from storm.data.tile import decode_tile
 from storm.data.view import Mask, View
+from storm.presets import ModelConfig
 from storm.schema import APART_UM, FOOTPRINT_SIDE, PLATFORMS, TILE_STATS, Group, RegionMeta
 
 Floats = npt.NDArray[np.float32]
@@ -32,6 +33,8 @@ class BatchSpec:
     organs: tuple[str, ...]  # names behind organ ids 1, 2, ...
     share: npt.NDArray[np.float64]  # [G] expected share of counts, sums to 1
     target_panel: Mask | None = None  # [G] the set S of Z(h, S); None = each group's own panel
+    token_spec: tokens.TokenSpec | None = None  # where the model's expression encoder reads tokens
+    descriptors: bool = False  # whether the model has them
 
     def panel(self, group: Group) -> Mask:
         """[G] genes that the group's measurement could see. Raises ValueError for a panel that is not known."""
@@ -43,6 +46,17 @@ class BatchSpec:
     def target(self, group: Group) -> Mask:
         """[G] the set S that the group's predictions are normalised over."""
         return self.panel(group) if self.target_panel is None else self.target_panel
+
+
+def spec_of(
+    model: ModelConfig, panels: dict[str, Mask], share: npt.NDArray[np.float64], target_panel: Mask | None = None
+) -> BatchSpec:
+    """What the batches of a model are made with."""
+    chosen = tokens.TokenSpec(model.expression_genes, model.expression_zeros)
+    return BatchSpec(
+        model.tile_px, len(share), panels, model.organs, share, target_panel,
+        chosen if model.expression == "tokens" else None, model.descriptor_width > 0,
+    )  # fmt: skip
 
 
 @dataclass
@@ -95,7 +109,7 @@ def top_genes(spec: BatchSpec, number: int) -> Ints:
 
 
 def collate(
-    groups: list[Group], views: list[View], spec: BatchSpec, genes: Ints | None = None
+    groups: list[Group], views: list[View], spec: BatchSpec, genes: Ints | None = None, kept: Mask | None = None
 ) -> dict[str, torch.Tensor]:
     """The batch of some groups as `schema.BATCH` says.
 
@@ -104,6 +118,7 @@ def collate(
         views: one per group, from `draw_view` or `plain_view`.
         spec: panels, organs, shares.
         genes: [K] what `loss_genes` drew; None = the whole vocabulary.
+        kept: [G] the genes whose own embedding takes part, of a model with descriptors; None = all.
 
     Raises:
         ValueError: a tile of another size, or a panel that the spec does not know; the slide is named.
@@ -116,6 +131,11 @@ def collate(
     _inputs(layout, spec)
     _contrast(layout)
     _targets(layout, spec, genes)
+    _context(layout)
+    if spec.token_spec:
+        _tokens(layout, spec, spec.token_spec)
+    if spec.descriptors:
+        layout.out["gene_kept"] = np.ones(spec.n_genes, bool) if kept is None else kept
     return {name: torch.from_numpy(array) for name, array in layout.out.items()}
 
 
@@ -293,6 +313,27 @@ def _contrast(layout: _Layout) -> None:
         xy = place[region, slot]
         square = sum((xy[:, None, axis] - xy[None, :, axis]) ** 2 for axis in range(2))
         negatives[region, slot] = (square >= APART_UM**2).sum(axis=1)
+
+
+def _context(layout: _Layout) -> None:
+    encoded = layout.out["tile_present"] & ~layout.out["tile_hidden"]
+    layout.out["context_slots"] = np.arange((encoded.sum(1) + layout.out["visible"].sum(1)).max())
+
+
+def _tokens(layout: _Layout, spec: BatchSpec, size: tokens.TokenSpec) -> None:
+    """The visible expression once more, as tokens."""
+    found = []
+    for part in layout.parts:
+        profiles, view = part.group.profiles, part.view
+        row = np.repeat(np.arange(len(profiles)), np.diff(profiles.indptr))[view.entry]
+        panel = spec.panel(part.group)
+        measured = panel if view.visible_genes is None else panel & view.visible_genes
+        gene, sum_to = profiles.gene[view.entry].astype(np.int64), _SCALE * spec.share[measured].sum()
+        chosen = tokens.choose(
+            row, gene, view.count, view.visible, measured, spec.share, sum_to, size, view.token_seed
+        )  # fmt: skip
+        found.append(chosen._replace(row=(part.region * layout.n + part.slot)[chosen.row]))
+    layout.out |= tokens.pack(found)
 
 
 def _targets(layout: _Layout, spec: BatchSpec, genes: Ints) -> None:

@@ -33,7 +33,8 @@ from storm.data.view import draw_sample
 
 Batch = dict[str, torch.Tensor]
 
-_GENES = 2  # keeps the generator of the loss genes apart from those of the order
+_GENES, _KEPT = 2, 5  # keep the generators of the loss genes and of the kept ones apart from those of the order
+DROPPED = 0.3  # share of the genes whose own embedding a step leaves to their descriptors
 OTHERS = 8  # groups that are tried in place of a damaged one
 _NAMED = 4
 
@@ -95,7 +96,8 @@ class Loader(Dataset):
             draw_sample(group, self.mask, (self.seed, place.epoch, place.number), self.spec.panel(group))
             for group, place in zip(groups, work.places, strict=True)
         ]
-        return collate([group for group, _ in shown], [view for _, view in shown], self.spec, self.genes(work.step))
+        groups, views = zip(*shown, strict=True)
+        return collate(list(groups), list(views), self.spec, self.genes(work.step), self.kept(work.step))
 
     def _named(self, work: Work, error: ValueError) -> ValueError:
         """The error with the shard and key of the group at fault, where it is that of a group's tiles."""
@@ -132,8 +134,14 @@ class Loader(Dataset):
 
     def genes(self, step: int) -> npt.NDArray[np.int64]:
         """[K] the loss genes of a step, the same on every rank."""
-        key = np.random.SeedSequence([self.seed, step], spawn_key=(_GENES,))
-        return loss_genes(self.spec, self.mask.loss_genes, np.random.Generator(np.random.Philox(key)))
+        return loss_genes(self.spec, self.mask.loss_genes, self._rng(step, _GENES))
+
+    def kept(self, step: int) -> npt.NDArray[np.bool_] | None:
+        """[G] the genes of a step whose own embedding takes part, the same on every rank; None without descriptors."""
+        return self._rng(step, _KEPT).random(self.spec.n_genes) >= DROPPED if self.spec.descriptors else None
+
+    def _rng(self, step: int, purpose: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step], spawn_key=(purpose,))))
 
 
 class GroupStream:

@@ -56,6 +56,7 @@ class View:
     grow_um: npt.NDArray[np.float64] | None = None  # [N] on the radii of each polygon; NaN: a disc in its place
     tell_platform: bool = True
     tell_organ: bool = True
+    token_seed: int | None = None  # of the draw of the tokens among what is visible; None = no draw
 
 
 def plain_view(group: Group, use_counts: bool) -> View:
@@ -110,9 +111,11 @@ def draw_view(group: Group, mask: MaskConfig, rng: np.random.Generator, panel: M
     outlines = _vary_outlines(group.profiles, mask.polygon_jitter, rng)
     # Last, because the number of values it draws depends on the (visible) counts.
     entry, count = _thin(group.profiles, visible, visible_genes, mask.thinning, rng)
+    token_seed = int(rng.integers(1 << 63))
     return View(
         mode, visible, query, visible_genes, hidden_genes, entry, count, hidden_tiles, flip, turns,
         angle if jitter else 0.0, scale if jitter else 1.0, stain, size, outlines, tell_platform, tell_organ,
+        token_seed,
     )  # fmt: skip
 
 

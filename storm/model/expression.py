@@ -1,45 +1,127 @@
-"""Level 2, expression: the gene table, and the encoder of what a profile shows of its counts.
+"""Level 2, expression: the gene table, and the encoders of what a profile shows of its counts.
 
-In: the visible (profile, gene) entries of a batch, their depth and number. Out: two vectors per profile, of all that
-is known of its counts, and of its content alone: which genes, and how they stand to each other.
-Shapes: R regions, N profiles, Z visible entries, K genes, E gene width, D fusion width.
+In: the visible (profile, gene) entries of a batch, or the tokens chosen from them; their depth and number. Out: two
+vectors per profile: the code, and what of it is content alone, without depth and number of genes.
+Shapes: R regions, N profiles, Z visible entries, Q tokens packed, V profiles with tokens, K genes, G vocabulary, C
+columns of the descriptors, E gene width, D width of the level, F fusion width.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from storm.model.layers import Packing, Transformer
 from storm.presets import ModelConfig
+
+Code = tuple[Tensor, Tensor]  # [R, N, F] each: everything, and content
 
 
 class GeneEmbedding(nn.Embedding):
-    """The vectors e_g of the vocabulary; one module, called by the encoder (sums) and the decoder (rows)."""
+    """The vectors e_g of the vocabulary; one module, called by the encoders and by the decoder.
 
-    def forward(self, gene: Tensor, offsets: Tensor | None = None, value: Tensor | None = None) -> Tensor:
-        """Rows [K, E] of `gene` [K]; with `offsets` [M] and `value` [Z] the M sums of value * row, [M, E]."""
-        if offsets is None:
-            return super().forward(gene)
-        return F.embedding_bag(gene, self.weight, offsets, mode="sum", per_sample_weights=value)
+    e_g = E[g], and with descriptors e_g = E[g] + P(descriptor_g) / sqrt(E): for standardised columns both parts have
+    the same size at the start. Where `kept` says so E[g] is left out: P learns to stand for a gene alone, as it must
+    for one that the vocabulary lacks.
+    """
+
+    descriptor: Tensor
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, n_genes: int, width: int, columns: int = 0) -> None:
+        super().__init__(n_genes, width)
+        self.project = nn.Linear(columns, width, bias=False) if columns else None
+        if columns:
+            self.register_buffer("descriptor", torch.zeros(n_genes, columns))  # standardised
+            self.register_buffer("centre", torch.zeros(columns))
+            self.register_buffer("scale", torch.ones(columns))
+
+    def forward(
+        self, gene: Tensor, offsets: Tensor | None = None, value: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Rows [K, E] of `gene` [K]; with `offsets` [M] and `value` [Z] the M sums of value * row, [M, E].
+
+        Args:
+            kept: bool [G], the genes whose E[g] takes part; None = all.
+        """
+        share = None if kept is None else kept[gene].to(self.weight.dtype)
+        if offsets is None or value is None:
+            rows = super().forward(gene)
+            rows = rows if share is None else rows * share[:, None]
+            return rows if self.project is None else rows + self.describe(self.descriptor[gene])
+        own = value if share is None else value * share
+        total = F.embedding_bag(gene, self.weight, offsets, mode="sum", per_sample_weights=own)
+        if self.project is None:
+            return total
+        return total + self.describe(
+            F.embedding_bag(gene, self.descriptor, offsets, mode="sum", per_sample_weights=value)
+        )
+
+    def describe(self, standardised: Tensor) -> Tensor:
+        """What descriptors [K, C], in the columns' own units of spread, say of e_g: [K, E]."""
+        assert self.project is not None
+        return self.project(standardised) * self.embedding_dim**-0.5
 
 
-class BagEncoder(nn.Module):
+class Encoder(nn.Module):
+    """What the encoders share: depth and number of genes come to the content from beside, so that it has neither."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.size = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
+
+    def code(self, content_RNF: Tensor, batch: dict[str, Tensor]) -> Code:
+        """(everything, content) of each profile."""
+        size_RN2 = torch.stack([batch["input_log_depth"], batch["input_log_genes"]], dim=-1)
+        return content_RNF + self.size(size_RN2 / 8), content_RNF  # 8: log of a whole spot
+
+
+class BagEncoder(Encoder):
     """z = W [sum_g v_g e_g / sqrt(n_g)] + MLP(log depth, log genes): no panel is built into it, and it is cheap."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width = config.fusion_width
-        self.project = nn.Linear(config.gene_width, width)
-        self.size = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
+        super().__init__(config.fusion_width)
+        self.project = nn.Linear(config.gene_width, config.fusion_width)
 
-    def forward(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """(vector, content), each [R, N, D]; a profile without entries gets the code of depth 0.
-
-        The content is told neither depth nor number of genes: it is what image and expression are aligned by.
-        """
+    def forward(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Code:
+        """See `Code`; a profile without entries gets the code of depth 0."""
         offsets, value = batch["input_offsets"], batch["input_value"]
         ends = torch.cat([offsets[1:], offsets.new_tensor([len(value)])])
-        bag_ME = genes(batch["input_gene"], offsets, value)
+        bag_ME = genes(batch["input_gene"], offsets, value, batch.get("gene_kept"))
         bag_ME = bag_ME * (ends - offsets).clamp_min(1).to(bag_ME.dtype).rsqrt()[:, None]
-        size_RN2 = torch.stack([batch["input_log_depth"], batch["input_log_genes"]], dim=-1)
-        content_RND = self.project(bag_ME).unflatten(0, size_RN2.shape[:2])
-        return content_RND + self.size(size_RN2 / 8), content_RND  # 8: log of a whole spot
+        return self.code(self.project(bag_ME).unflatten(0, batch["visible"].shape), batch)
+
+
+class TokenEncoder(Encoder):
+    """A set transformer over the tokens of each profile; z = W [their mean] + MLP(log depth, log genes).
+
+    A token is W e_g + MLP(v, log1p(count), percentile of the count's rank in its profile). Tokens of all profiles are
+    packed, so that nothing is padded, and a profile that shows no gene costs nothing.
+    """
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__(config.fusion_width)
+        width = config.expression_width
+        self.gene = nn.Linear(config.gene_width, width, bias=False)
+        self.value = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = Transformer(config.expression_depth, width, config.head_width, activation_checkpointing)
+        self.project = nn.Linear(width, config.fusion_width)
+
+    def forward(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Code:
+        """See `Code`; a profile without tokens has content 0."""
+        offsets, profile_V = batch["token_offsets"], batch["token_profile"]
+        tokens_QD = self.gene(genes(batch["token_gene"], kept=batch.get("gene_kept")))
+        tokens_QD = tokens_QD + self.value(batch["token_value"])
+        packing = Packing(offsets, len(batch["token_slots"]))
+        tokens_QD = self.blocks(tokens_QD[None], context=packing)[0]
+        every = torch.arange(len(tokens_QD), device=tokens_QD.device)
+        mean_VD = F.embedding_bag(every, tokens_QD, offsets[:-1], mode="mean")
+        content_VF = self.project(mean_VD) * (profile_V >= 0)[:, None]  # the dummy weighs nothing
+        content_MF = content_VF.new_zeros(batch["visible"].numel(), content_VF.shape[1])
+        content_MF = content_MF.index_add(0, profile_V.clamp_min(0), content_VF)
+        return self.code(content_MF.unflatten(0, batch["visible"].shape), batch)
+
+
+def expression_encoder(config: ModelConfig, activation_checkpointing: bool = False) -> BagEncoder | TokenEncoder:
+    """The encoder that the config names."""
+    return TokenEncoder(config, activation_checkpointing) if config.expression == "tokens" else BagEncoder(config)

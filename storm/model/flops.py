@@ -30,6 +30,9 @@ class Sizes:
     context: float  # of these, what can be attended to
     pairs: float  # token x context of the same region
     genes: float  # loss genes, K
+    expressed: float = 0.0  # profiles that are encoded as tokens
+    shown: float = 0.0  # their tokens
+    shown_pairs: float = 0.0  # token x token of the same profile
 
 
 def sizes(batch: dict[str, Tensor], registers: int, padded: bool = False) -> Sizes:
@@ -38,30 +41,41 @@ def sizes(batch: dict[str, Tensor], registers: int, padded: bool = False) -> Siz
     encoded_R = (present & ~batch["tile_hidden"]).sum(1)
     context_R = registers + encoded_R + batch["visible"].sum(1)
     tokens_R = registers + present.sum(1) + profile.sum(1)
+    shown = _shown(batch, padded)
     if not padded:
         pairs_R = tokens_R * context_R
         return Sizes(
             float(batch["tile_weight"].sum()), int(present.sum()), int(profile.sum()), int(tokens_R.sum()),
-            int(context_R.sum()), int(pairs_R.sum()), len(batch["genes"]),
+            int(context_R.sum()), int(pairs_R.sum()), len(batch["genes"]), *shown,
         )  # fmt: skip
     regions, width = len(present), registers + present.shape[1] + profile.shape[1]
-    m = int(context_R.max())
+    m = registers + len(batch["context_slots"])
     return Sizes(
         len(batch["tiles"]), present.numel(), profile.numel(), regions * width, regions * m, regions * width * m,
-        len(batch["genes"]),
+        len(batch["genes"]), *shown,
     )  # fmt: skip
+
+
+def _shown(batch: dict[str, Tensor], padded: bool) -> tuple[float, float, float]:
+    """Profiles encoded as tokens, their tokens and pairs of tokens; the dummy where it is computed."""
+    if "token_offsets" not in batch or not (padded or bool((batch["token_profile"] >= 0).any())):
+        return 0.0, 0.0, 0.0
+    lengths = batch["token_offsets"].diff()
+    return len(lengths), int(lengths.sum()), int(lengths.square().sum())
 
 
 def parameters(config: ModelConfig, n_genes: int) -> dict[str, int]:
     """Parameters of each level."""
     image, gene, fusion, space = config.image_width, config.gene_width, config.fusion_width, config.space_width
     small = _linear(3, fusion) + _linear(2, fusion) + 2 * _linear(fusion, fusion)  # measurement; depth and genes
+    genes = n_genes * gene + config.descriptor_width * gene
+    slopes = space // config.head_width if config.position == "distance_bias" and config.space_depth else 0
     tables = (PARTS - 1) + len(PLATFORMS) + (1 + len(config.organs))  # absent, platform, organ
     return {
         "morphology": _linear(3 * config.patch_px**2, image) + _transformer(config.image_depth, image, config),
-        "expression": n_genes * gene + _linear(gene, fusion) + 2 * _linear(image, fusion) + small + tables * fusion
+        "expression": genes + _encoder(config) + 2 * _linear(image, fusion) + small + tables * fusion
         + _transformer(config.fusion_depth, fusion, config) + _linear(fusion, space),
-        "space": _linear(image, space) + (1 + config.registers) * space
+        "space": _linear(image, space) + (1 + config.registers) * space + slopes
         + _transformer(config.space_depth, space, config),
         "heads": space * gene + n_genes * (1 + TOLD) + _noise_tables(config, n_genes) + _align(config)
         + _linear(space + TOLD, space) + _linear(space, 2) + _linear(space, len(TILE_STATS)),
@@ -78,6 +92,15 @@ def _noise_tables(config: ModelConfig, n_genes: int) -> int:
 def _align(config: ModelConfig) -> int:
     """Parameters of the two projections and their scale."""
     return (config.image_width + config.fusion_width) * config.align_width + (config.align_width > 0)
+
+
+def _encoder(config: ModelConfig) -> int:
+    """Parameters from genes to the code of a profile, beside those of its depth."""
+    if config.expression == "bag":
+        return _linear(config.gene_width, config.fusion_width)
+    width = config.expression_width
+    token = config.gene_width * width + _linear(3, width) + _linear(width, width)
+    return token + _transformer(config.expression_depth, width, config) + _linear(width, config.fusion_width)
 
 
 def _linear(into: int, out: int) -> int:
@@ -105,21 +128,35 @@ def _products(config: ModelConfig, size: Sizes) -> dict[str, tuple[float, float]
     patches = size.tiles * (config.tile_px // config.patch_px) ** 2
     pairs = patches * (config.tile_px // config.patch_px) ** 2
     parts = PARTS * size.profiles
-    fused = gene * fusion + 2 * fusion**2 + 2 * image * fusion + fusion * space
+    fused = 2 * fusion**2 + 2 * image * fusion + fusion * space
+    encoded, first = _encoding(config, size)
     heads = space * gene + gene * size.genes + (space + TOLD) * space + 2 * space
     heads += (image + fusion) * config.align_width
     pixels = 3 * config.patch_px**2
     return {
         "morphology": (config.image_depth * _block(image, patches, patches, pairs), patches * pixels * image),
         "expression": (
-            size.profiles * fused + config.fusion_depth * _block(fusion, parts, parts, PARTS * parts),
-            size.profiles * 5 * fusion,
+            size.profiles * fused + encoded + config.fusion_depth * _block(fusion, parts, parts, PARTS * parts),
+            size.profiles * 5 * fusion + first,
         ),
         "space": (
             size.tiles * image * space + config.space_depth * _block(space, size.tokens, size.context, size.pairs), 0.0
         ),
-        "heads": (size.profiles * heads + size.slots * space * len(TILE_STATS), size.profiles * (TOLD + 1)),
+        "heads": (
+            size.profiles * heads + size.slots * space * len(TILE_STATS),
+            size.profiles * (TOLD + 1) + size.genes * config.descriptor_width * gene,
+        ),
     }  # fmt: skip
+
+
+def _encoding(config: ModelConfig, size: Sizes) -> tuple[float, float]:
+    """Of what a profile shows of its genes; as `_products`."""
+    gene, fusion, width = config.gene_width, config.fusion_width, config.expression_width
+    if config.expression == "bag":
+        return size.profiles * gene * fusion, size.profiles * config.descriptor_width * gene
+    blocks = config.expression_depth * _block(width, size.shown, size.shown, size.shown_pairs)
+    whole = size.shown * (gene * width + width**2) + size.expressed * width * fusion + blocks
+    return whole, size.shown * (3 * width + config.descriptor_width * gene)
 
 
 def _block(width: int, tokens: float, context: float, pairs: float) -> float:
@@ -131,12 +168,13 @@ def activation_bytes(config: ModelConfig, size: Sizes, bf16: bool, checkpointing
     """Estimate of what a forward pass keeps for its backward pass, from the tensors that autograd saves.
 
     Per token and block: in fp32 14 widths and 4 hidden widths, under bf16 autocast half of these in 2 bytes. Beside the
-    blocks: the pixels as patches, and a dozen arrays of profiles x loss genes. With `checkpointing` a block keeps its
-    input alone, and one block at a time is complete.
+    blocks: the pixels as patches, a dozen arrays of profiles x loss genes, and the bias of distances. With
+    `checkpointing` a block keeps its input alone, and one block at a time is complete.
     """
     patches = size.tiles * (config.tile_px // config.patch_px) ** 2
     levels = [
         (config.image_depth, patches, config.image_width),
+        (config.expression_depth, size.shown, config.expression_width),
         (config.fusion_depth, PARTS * size.profiles, config.fusion_width),
         (config.space_depth, size.tokens, config.space_width),
     ]  # fmt: skip
@@ -146,4 +184,7 @@ def activation_bytes(config: ModelConfig, size: Sizes, bf16: bool, checkpointing
         kept = sum(depth * tokens * width * 4 for depth, tokens, width in levels) + max(whole)
     else:
         kept = sum(depth * block for (depth, _, _), block in zip(levels, whole, strict=True))
+    if config.position == "distance_bias":  # fp32, and under autocast a copy per block
+        heads = config.space_width // config.head_width
+        kept += heads * size.pairs * (4 + (2 * config.space_depth if bf16 else 0))
     return kept + patches * 3 * config.patch_px**2 * (2 if bf16 else 4) + 12 * 4 * size.profiles * size.genes

@@ -67,9 +67,7 @@ class Decoder(nn.Module):
 
         nb: `log_dispersion`, log of the size r; zinb: also `zero_logit`; lognorm: `lognorm`; poisson: no more.
         """
-        platform_bias_KP = F.pad(self.platform_bias(batch["genes"]), (1, 0))  # none for platform 0
-        bias_RK = self.gene_bias(batch["genes"]).T + platform_bias_KP.T[batch["platform"]]
-        score_RNK = (self.ask(h_RND) @ rows_KE.T).to(bias_RK.dtype) + bias_RK[:, None]
+        score_RNK = self._score(h_RND, rows_KE, self._bias(batch))
         log_composition = score_RNK - log_partition(score_RNK, batch["gene_weight"])[..., None]
         found = {"log_composition": log_composition}
         if self.likelihood in ("nb", "zinb"):
@@ -79,6 +77,27 @@ class Decoder(nn.Module):
         if self.likelihood == "lognorm":
             found["lognorm"] = torch.log1p(LOGNORM_SCALE * log_composition.exp())
         return found
+
+    def unseen(
+        self, h_RND: Tensor, rows_UE: Tensor, rows_KE: Tensor, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, [R, N, U], of genes outside the vocabulary, whose rows their descriptors alone have made.
+
+        What else a table holds of a gene is its mean over `batch["genes"]`, of rows `rows_KE`. Z is theirs too: an
+        unseen gene is told as a share of what they sum to.
+        """
+        bias_RK = self._bias(batch)
+        log_z_RN = log_partition(self._score(h_RND, rows_KE, bias_RK), batch["gene_weight"])
+        score_RNU = self._score(h_RND, rows_UE, bias_RK.mean(1, keepdim=True))
+        return score_RNU - log_z_RN[..., None], self._log_dispersion(batch).mean(-1, keepdim=True).expand_as(score_RNU)
+
+    def _bias(self, batch: dict[str, Tensor]) -> Tensor:
+        """[R, K], of each gene and of it on the region's platform."""
+        platform_bias_KP = F.pad(self.platform_bias(batch["genes"]), (1, 0))  # none for platform 0
+        return self.gene_bias(batch["genes"]).T + platform_bias_KP.T[batch["platform"]]
+
+    def _score(self, h_RND: Tensor, rows_KE: Tensor, bias_RK: Tensor) -> Tensor:
+        return (self.ask(h_RND) @ rows_KE.T).to(bias_RK.dtype) + bias_RK[:, None]
 
     def _log_dispersion(self, batch: dict[str, Tensor]) -> Tensor:
         """log r = a_g + b_platform + c log area."""

@@ -2,10 +2,13 @@
 
 In: tokens and, optionally, the rotary code of their places and which of them are context. Out: tokens.
 Shapes: S sequences, L tokens, M tokens at their front that can be attended to, H heads, W head width, D = H W.
+Sequences of many lengths come packed, as one of L tokens with a `Packing` that tells their borders.
 """
 
+import itertools
 import math
 import zlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, each [..., L, W / 2]
+
+
+class Packing(NamedTuple):
+    """Where sequences lie that are packed into one; each has a token at least, and attends to itself alone."""
+
+    offsets: Tensor  # int64 [V + 1]: the first token of each, and the end of the last
+    longest: int  # tokens
+
+
+Context = Tensor | Packing | None  # what attention may see, see `Transformer.forward`
 
 
 class ZeroLinear(nn.Linear):
@@ -78,6 +91,46 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+def attend(query_SHLW: Tensor, key_SHMW: Tensor, value_SHMW: Tensor, context: Context) -> Tensor:
+    """What each token reads of its context, [S, H, L, W]."""
+    if isinstance(context, Packing):
+        return attend_packed(query_SHLW, key_SHMW, value_SHMW, context)
+    mask = context
+    if mask is not None:
+        mask = mask[:, None, None, :] if mask.ndim == 2 else mask.type_as(query_SHLW)
+    return F.scaled_dot_product_attention(query_SHLW, key_SHMW, value_SHMW, attn_mask=mask)
+
+
+@torch.compiler.disable  # the lengths differ from batch to batch
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    """`attend` for packed sequences, each [1, H, L, W], without padding.
+
+    On a GPU by its kernel for variable lengths. The CPU has none: there a run of sequences of one length is a batch,
+    so that whoever packs them by their lengths makes few of these.
+    """
+    if query.device.type != "cpu":
+        return attend_jagged(query, key, value, packing)
+    lengths = packing.offsets.diff().tolist()  # a CPU tensor: nothing waits
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+    parts = (x[0].split([length * n for length, n in runs], dim=1) for x in (query, key, value))  # [H, n length, W]
+    found = []
+    for (length, _), *run in zip(runs, *parts, strict=True):
+        q, k, v = (x.unflatten(1, (-1, length)).transpose(0, 1) for x in run)
+        found.append(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1, 2))
+    return torch.cat(found, dim=1)[None]
+
+
+def attend_jagged(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    """`attend_packed` by jagged tensors; their bounds are told, or they would ask the device."""
+    q, k, v = (
+        torch.nested.nested_tensor_from_jagged(
+            x[0].transpose(0, 1).contiguous(), packing.offsets, min_seqlen=1, max_seqlen=packing.longest
+        ).transpose(1, 2)
+        for x in (query, key, value)
+    )
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).values().transpose(0, 1)[None]
+
+
 def hidden_width(width: int) -> int:
     """Of SwiGLU: 8/3 of the width in steps of 16, as many weights as a plain MLP of 4 widths."""
     return 16 * math.ceil(width / 6)
@@ -104,23 +157,22 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = ZeroLinear(hidden, width, bias=False)
 
-    def forward(self, x_SLD: Tensor, code: Rotation | None = None, context_SM: Tensor | None = None) -> Tensor:
+    def forward(self, x_SLD: Tensor, code: Rotation | None = None, context: Context = None) -> Tensor:
         """Tokens after one block. See `Transformer.forward`."""
-        x_SLD = x_SLD + self._attend(self.attention_norm(x_SLD), code, context_SM)
+        x_SLD = x_SLD + self._attend(self.attention_norm(x_SLD), code, context)
         gate, up = self.gate_up(self.mlp_norm(x_SLD)).chunk(2, dim=-1)
         return x_SLD + self.down(F.silu(gate) * up)
 
-    def _attend(self, x_SLD: Tensor, code: Rotation | None, context_SM: Tensor | None) -> Tensor:
-        m = x_SLD.shape[1] if context_SM is None else context_SM.shape[1]
+    def _attend(self, x_SLD: Tensor, code: Rotation | None, context: Context) -> Tensor:
+        m = context.shape[-1] if isinstance(context, Tensor) else x_SLD.shape[1]
         key, value = self.key_value(x_SLD[:, :m]).chunk(2, dim=-1)
         query_SHLW = self.query_norm(self._heads(self.query(x_SLD)))
         key_SHMW, value_SHMW = self.key_norm(self._heads(key)), self._heads(value)
         if code is not None:
             query_SHLW = rotate(query_SHLW, code)
             key_SHMW = rotate(key_SHMW, (code[0][..., :m, :], code[1][..., :m, :]))
-        mask = None if context_SM is None else context_SM[:, None, None, :]
         query_SHLW, key_SHMW = query_SHLW.type_as(value), key_SHMW.type_as(value)  # the code is float32 under autocast
-        y_SHLW = F.scaled_dot_product_attention(query_SHLW, key_SHMW, value_SHMW, attn_mask=mask)
+        y_SHLW = attend(query_SHLW, key_SHMW, value_SHMW, context)
         return self.attended(y_SHLW.transpose(1, 2).flatten(2))
 
     def _heads(self, x_SLD: Tensor) -> Tensor:
@@ -137,19 +189,21 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(width)
         self.activation_checkpointing = activation_checkpointing
 
-    def forward(self, x_SLD: Tensor, code: Rotation | None = None, context_SM: Tensor | None = None) -> Tensor:
+    def forward(self, x_SLD: Tensor, code: Rotation | None = None, context: Context = None) -> Tensor:
         """Tokens after all blocks.
 
         Args:
             x_SLD: tokens.
             code: `rotation` of their places; None where order and place mean nothing.
-            context_SM: which of the first M tokens are attended to; nobody attends to a token after them, and each
-                token reaches its own output on the residual alone. None: all attend to all.
+            context: bool [S, M], which of the first M tokens are attended to; nobody attends to a token after them,
+                and each token reaches its own output on the residual alone. Or a float [S, H, L, M] that is added to
+                the scores, -inf for a token that is not attended to. None: all attend to all. A `Packing`: all of a
+                sequence attend to all of it.
         """
         x_SLD = x_SLD.to(self.norm.weight.dtype)  # the residual stream keeps full precision under autocast
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_SLD = checkpoint(block, x_SLD, code, context_SM, use_reentrant=False, preserve_rng_state=False)
+                x_SLD = checkpoint(block, x_SLD, code, context, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_SLD = block(x_SLD, code, context_SM)
+                x_SLD = block(x_SLD, code, context)
         return self.norm(x_SLD)

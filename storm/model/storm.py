@@ -1,6 +1,6 @@
 """The model: tiles -> profiles -> region -> heads.
 
-In: a batch (storm.schema.BATCH). Out: a dict of tensors,
+In: a batch (storm.schema.BATCH, and TOKENS and GENE_KEPT where the config asks for them). Out: a dict of tensors,
 
     log_composition [R, N, K]   log share of each loss gene in the counts of the region's target panel
     log_dispersion  [R, N, K]   log size r of the negative binomial (likelihoods nb and zinb)
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from storm.model.align import Align
-from storm.model.expression import BagEncoder, GeneEmbedding
+from storm.model.expression import GeneEmbedding, expression_encoder
 from storm.model.footprint import FootprintReader
 from storm.model.heads import Decoder, DepthHead, TileHead
 from storm.model.layers import Transformer, initialise
@@ -88,8 +88,8 @@ class Storm(nn.Module):
         with torch.random.fork_rng(devices=[]):  # torch's constructors draw from the global state; leave it as it was
             self.morphology = TileEncoder(config, activation_checkpointing)
             self.footprint = FootprintReader(config)
-            self.genes = GeneEmbedding(n_genes, config.gene_width)
-            self.expression = BagEncoder(config)
+            self.genes = GeneEmbedding(n_genes, config.gene_width, config.descriptor_width)
+            self.expression = expression_encoder(config, activation_checkpointing)
             self.fusion = Fusion(config, activation_checkpointing)
             self.tile = nn.Linear(config.image_width, config.space_width)
             self.hidden_tile = nn.Embedding(1, config.space_width)
@@ -105,6 +105,13 @@ class Storm(nn.Module):
         """Start the decoder at the expected composition: b_g = log share."""
         self.decoder.gene_bias.weight.copy_(log_share_G[:, None])
 
+    @torch.no_grad()
+    def set_descriptors(self, descriptor_GC: Tensor, centre_C: Tensor, scale_C: Tensor) -> None:
+        """The standardised table of descriptors, and the centre and scale that brought it there."""
+        self.genes.descriptor.copy_(descriptor_GC)
+        self.genes.centre.copy_(centre_C)
+        self.genes.scale.copy_(scale_C)
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """See the module's docstring."""
         map_TPD, summary_TD = self.morphology(batch["tiles"], batch["tile_weight"])
@@ -116,17 +123,25 @@ class Storm(nn.Module):
         tiles_RCD = self._place(self.tile(summary_TD), batch["tile_slot"], encoded_RC)
         context_RL = torch.cat([encoded_RC, batch["visible"]], dim=1)
         place_um_RL2 = torch.cat([batch["tile_pos_um"], batch["pos_um"]], dim=1)
-        tiles_RCD, h_RND = self.space(tiles_RCD, profiles_RND, context_RL, place_um_RL2)
+        tiles_RCD, h_RND = self.space(tiles_RCD, profiles_RND, context_RL, place_um_RL2, batch["context_slots"])
 
+        rows_KE = self.genes(batch["genes"], kept=batch.get("gene_kept"))
         depth_mean, depth_log_var = self.depth(h_RND, batch["platform"])
         return {
-            **self.decoder(h_RND, self.genes(batch["genes"]), batch),
+            **self.decoder(h_RND, rows_KE, batch),
             "depth_mean": depth_mean,
             "depth_log_var": depth_log_var,
             "tile_stats": self.tile_stats(tiles_RCD),
             "embedding": h_RND,
             **(self.align(feature_RN2D[:, :, 1], content_RNF) if self.align else {}),
         }
+
+    @torch.no_grad()
+    def unseen(self, h_RND: Tensor, batch: dict[str, Tensor], descriptor_UC: Tensor) -> tuple[Tensor, Tensor]:
+        """log composition and log dispersion [R, N, U] of genes outside the vocabulary, of profiles with the
+        embeddings `h_RND`; their descriptors as the user's table has them. See `Decoder.unseen`."""
+        rows_UE = self.genes.describe((descriptor_UC - self.genes.centre) / self.genes.scale)
+        return self.decoder.unseen(h_RND, rows_UE, self.genes(batch["genes"]), batch)
 
     def _place(self, tile_TD: Tensor, slot_T: Tensor, encoded_RC: Tensor) -> Tensor:
         """[R, C, D]: packed tiles at their slots, the learned vector of a hidden tile elsewhere (under a dummy too)."""

@@ -12,9 +12,9 @@ import numpy as np
 import simplejpeg
 import torch
 
-from storm import losses
+from storm import descriptors, losses
 from storm.config import RunConfig, dump
-from storm.data.batch import BatchSpec, collate, loss_genes
+from storm.data.batch import BatchSpec, collate, loss_genes, spec_of
 from storm.data.corpus import Corpus, open_corpus
 from storm.data.order import accumulation
 from storm.data.stream import Batch
@@ -40,7 +40,8 @@ def dry_run(config: RunConfig, ranks: int) -> str:
         NotFiniteError: the synthetic batch gave no finite loss or gradient.
     """
     shards = open_corpus(config.data)
-    config = config.model_copy(update={"model": fit_model(config.model, shards)})
+    model, _ = descriptors.fit(fit_model(config.model, shards), config.data.descriptors)
+    config = config.model_copy(update={"model": model})
     tiles, profiles = (np.concatenate([getattr(part.index, name) for part in shards.groups.parts])
                        for name in ("tiles", "profiles"))  # fmt: skip
     micro = config.data.micro_batch_size
@@ -85,9 +86,15 @@ def model_table(model: ModelConfig, genes: int) -> str:
 
 
 def sizes_of(model: ModelConfig, tiles: float, profiles: float, genes: int) -> Sizes:
-    """Sizes of one group of one region, half of whose profiles are visible."""
-    tokens, context = model.registers + tiles + profiles, model.registers + tiles + profiles / 2
-    return Sizes(tiles, tiles, profiles, tokens, context, tokens * context, genes)
+    """Sizes of one group of one region, half of whose profiles are visible, with all tokens that they may have."""
+    visible = profiles / 2
+    tokens, context = model.registers + tiles + profiles, model.registers + tiles + visible
+    expressed = visible if model.expression == "tokens" else 0.0
+    shown = model.expression_genes + model.expression_zeros
+    return Sizes(
+        tiles, tiles, profiles, tokens, context, tokens * context, genes, expressed, expressed * shown,
+        expressed * shown**2,
+    )  # fmt: skip
 
 
 def times(size: Sizes, groups: int) -> Sizes:
@@ -102,7 +109,7 @@ def step_table(model: ModelConfig, size: Sizes) -> str:
     work = flops.training(model, size)
     rows = [
         ("patches of tiles", size.tiles * patches, "morphology"),
-        ("parts of profiles", size.profiles * flops.PARTS, "expression"),
+        ("parts of profiles, genes", size.profiles * flops.PARTS + size.shown, "expression"),
         ("tokens of regions", size.tokens, "space"),
         ("loss genes x profiles", size.genes * size.profiles, "heads"),
     ]
@@ -164,7 +171,7 @@ def make_batch(config: RunConfig, shards: Corpus, tiles: int, profiles: int, gro
     share = shards.genes.share
     if share is None:
         raise ValueError(f"{shards.name}: the gene table has no column `share`; pack again")
-    spec = BatchSpec(config.model.tile_px, len(shards.genes), shards.panels, config.model.organs, share)
+    spec = spec_of(config.model, shards.panels, share)
     made = [make_group(config.model, spec, tiles, profiles, view_rng(config.seed, 0, i)) for i in range(groups)]
     views = [draw_view(g, config.mask, view_rng(config.seed, 1, i), spec.panel(g)) for i, g in enumerate(made)]
     return collate(made, views, spec, loss_genes(spec, config.mask.loss_genes, view_rng(config.seed, 2, 0)))

@@ -280,7 +280,14 @@ class Engine:
             with self._whole(parameter, writer=None):
                 if self.world.rank == 0:
                     found[name] = parameter.detach().float().cpu().clone()
+        if self.world.rank == 0:
+            found |= {name: buffer.detach().cpu().clone() for name, buffer in self._tables()}
         return found
+
+    def _tables(self) -> list[tuple[str, Tensor]]:
+        """The buffers that belong to the model's state; no stage divides them."""
+        kept = self.model.state_dict().keys()
+        return [(name, buffer) for name, buffer in self.model.named_buffers() if name in kept]
 
     def moments(self) -> dict[str, Tensor]:
         """This rank's share of AdamW's moments, whole tensors in fp32 on the CPU: 'exp_avg/<parameter>' -> tensor.
@@ -308,11 +315,13 @@ class Engine:
 
     @torch.no_grad()
     def set_weights(self, read: Callable[[str], Tensor]) -> None:
-        """Take each parameter from `read(name)`; all ranks must call it."""
+        """Take each parameter and each table from `read(name)`; all ranks must call it."""
         for name, parameter in self.model.named_parameters():
             with self._whole(parameter, writer=0):
                 if self.stage < 3 or self.world.rank == 0:
                     parameter.copy_(read(name))
+        for name, buffer in self._tables():
+            buffer.copy_(read(name))
         if self.stage:
             self._engine.optimizer.refresh_fp32_params()
 

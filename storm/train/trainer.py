@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storm import checkpoints, files, losses
+from storm import checkpoints, descriptors, files, losses
 from storm.config import RunConfig, dump
-from storm.data.batch import BatchSpec
+from storm.data.batch import spec_of
 from storm.data.corpus import Corpus, open_corpus
 from storm.data.stream import Batch, GroupStream, batches
+from storm.genes import GeneTable
 from storm.losses import TERMS
 from storm.model.storm import Storm
 from storm.presets import ModelConfig
@@ -128,6 +129,15 @@ def reference(corpus: Corpus, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def describe(network: Storm, table: descriptors.Descriptors, genes: GeneTable, world: engine.World) -> None:
+    """Give the model the descriptors of its genes, and say how many have none."""
+    found = descriptors.rows_of(table, genes)
+    network.set_descriptors(*(torch.from_numpy(array) for array in found[:3]))
+    if found.missing and world.rank == 0:
+        print(f"{table.source}: lacks {len(found.missing)} of {len(genes)} genes (as {found.missing[0]}); they are "
+              "described by the mean", flush=True)  # fmt: skip
+
+
 class Trainer:
     """One run on one rank."""
 
@@ -136,15 +146,18 @@ class Trainer:
         share = shards.genes.share
         if share is None:
             raise ValueError(f"{shards.name}: the gene table has no column `share`; pack again")
-        self.config = config.model_copy(update={"model": fit_model(config.model, shards)})
+        fitted, table = descriptors.fit(fit_model(config.model, shards), config.data.descriptors)
+        self.config = config.model_copy(update={"model": fitted})
         self.world, self.run_dir, self.step = world, Path(config.run_dir), 0
         self.requests = stop.Requests(self.run_dir, world.rank, config.stop)
         data, model = self.config.data, self.config.model
-        spec = BatchSpec(model.tile_px, len(shards.genes), shards.panels, model.organs, share)
+        spec = spec_of(model, shards.panels, share)
         self.stream = GroupStream(shards, spec, config.mask, data, config.seed, world.rank, world.size)
         torch.manual_seed(config.seed * 1_000_003 + world.rank)
         network = Storm(model, len(shards.genes), config.seed, config.engine.activation_checkpointing)
         network.set_gene_bias(torch.from_numpy(np.log(share)).float())
+        if table:
+            describe(network, table, shards.genes, world)
         self.engine = engine.Engine(network, self.config, self.stream.accumulation, world)
         platforms = {slide: str(entry["platform"]) for slide, entry in shards.manifest["slides"].items()}
         self.meter = Meter(model, platforms, world)

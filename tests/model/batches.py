@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from storm.data import tokens
 from storm.model.storm import Storm
 from storm.presets import ModelConfig
 from storm.schema import APART_UM, BATCH, FOOTPRINT_SIDE, PLATFORMS, TILE_STATS
@@ -33,8 +34,31 @@ def make_batch(
     profiles(out, rng, regions, side * config.tile_um, n)
     counts(out, rng, regions, n, k)
     contrast(out, regions)
+    out["context_slots"] = np.zeros(0)
     assert out.keys() == BATCH.keys()
-    return {name: torch.from_numpy(np.asarray(out[name]).astype(dtype)) for name, (dtype, _) in BATCH.items()}
+    batch = {name: torch.from_numpy(np.asarray(out[name]).astype(dtype)) for name, (dtype, _) in BATCH.items()}
+    if config.descriptor_width:
+        batch["gene_kept"] = torch.from_numpy(rng.random(N_GENES) < 0.7)
+    return completed(batch, config.expression == "tokens")
+
+
+def completed(batch: Batch, with_tokens: bool | None = None) -> Batch:
+    """The batch with the entries that follow from its others: the slots of the context, and the tokens where it has
+    them: each visible entry one, and two zeros of each visible profile."""
+    encoded = batch["tile_present"] & ~batch["tile_hidden"]
+    most = int((encoded.sum(1) + batch["visible"].sum(1)).max())
+    batch = batch | {"context_slots": torch.arange(most)}
+    if not ("token_gene" in batch if with_tokens is None else with_tokens):
+        return batch
+    starts, shown = batch["input_offsets"].tolist(), batch["visible"].flatten().numpy()
+    row = np.repeat(np.arange(len(starts)), np.diff([*starts, len(batch["input_gene"])]))
+    value = batch["input_value"].double().numpy()
+    zeros = np.repeat(np.flatnonzero(shown), 2)
+    found = tokens.Chosen(
+        np.concatenate([row, zeros]), np.concatenate([batch["input_gene"].numpy(), 20 + np.arange(len(zeros)) % 2]),
+        np.concatenate([np.stack([value, value / 2, value / 4], -1), np.zeros((len(zeros), 3))]),
+    )  # fmt: skip
+    return batch | {name: torch.from_numpy(array) for name, array in tokens.pack([found]).items()}
 
 
 def tiles(out: dict, rng: np.random.Generator, regions: int, side: int, hidden: int, config: ModelConfig) -> None:
@@ -137,7 +161,7 @@ def choose_profiles(batch: Batch, rows: list[int]) -> Batch:
     sizes = torch.tensor([len(e) for e in entries])
     chosen, offsets = torch.cat(entries), sizes.cumsum(0) - sizes
     out |= {"input_gene": batch["input_gene"][chosen], "input_value": batch["input_value"][chosen]}
-    return out | {"input_offsets": offsets}
+    return completed(out | {"input_offsets": offsets})
 
 
 def pad_tiles(batch: Batch, extra: int) -> Batch:

@@ -1,6 +1,7 @@
 """What the model costs by formula, beside torch's own count of a real model: parameters, FLOPs, saved tensors."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from storm import losses
 from storm.model import flops
 from storm.model import storm as whole
 from storm.model.storm import Storm
-from storm.presets import LIKELIHOODS, ModelConfig, resolve_model
-from tests.model.batches import CONFIG, Batch, make_batch
+from storm.presets import EXPRESSIONS, LIKELIHOODS, POSITIONS, ModelConfig, resolve_model
+from tests.model.batches import CONFIG, Batch, completed, make_batch
 
 LEVELS = ["morphology", "expression", "space", "heads"]
 
@@ -30,9 +31,19 @@ def counted(model: Storm, batch: Batch, backward: bool) -> float:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
-def test_flops_are_those_torch_counts(name: str) -> None:
-    config = preset(name)
+SWITCHES: list[dict[str, Any]] = [
+    {"expression": expression, "position": position, "descriptor_width": columns}
+    for expression in EXPRESSIONS
+    for position in POSITIONS
+    for columns in (0, 24)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "switches"), [*(("tiny", some) for some in SWITCHES), ("small", SWITCHES[0]), ("small", SWITCHES[-1])]
+)
+def test_flops_are_those_torch_counts(name: str, switches: dict[str, Any]) -> None:
+    config = dataclasses.replace(preset(name), **switches)
     model, batch = Storm(config, 40), make_batch(regions=3, side=3, n=20, k=30, config=config)
     size = flops.sizes(batch, config.registers, padded=True)
     assert list(flops.forward(config, size)) == LEVELS
@@ -55,14 +66,29 @@ def test_parameters_of_a_likelihood(likelihood: str) -> None:
     assert sum(flops.parameters(config, 30).values()) == sum(p.numel() for p in Storm(config, 30).parameters())
 
 
+def test_sizes_of_tokens_are_those_of_the_visible_profiles() -> None:
+    config = dataclasses.replace(CONFIG, expression="tokens")
+    batch = make_batch(config=config)
+    lengths = batch["input_offsets"].diff(append=torch.tensor([len(batch["input_gene"])]))[batch["visible"].flatten()]
+    size, own = flops.sizes(batch, 4), lengths + 2  # two zeros each
+    assert (size.expressed, size.shown, size.shown_pairs) == (6, int(own.sum()), int(own.square().sum()))
+    batch["visible"][:] = False
+    blind = completed(batch | {"input_gene": torch.arange(0), "input_value": torch.zeros(0)} | {
+        "input_offsets": torch.zeros_like(batch["input_offsets"])
+    })  # fmt: skip
+    assert flops.sizes(blind, 4).shown == 0 and flops.sizes(blind, 4, padded=True).shown == 1  # the dummy
+
+
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "large"])
 def test_parameters_are_those_of_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole, "initialise", lambda model, seed: None)  # tensors on the meta device hold no values
-    with torch.device("meta"):
-        model = Storm(preset(name), 300)
-    found = flops.parameters(preset(name), 300)
-    assert list(found) == LEVELS and sum(found.values()) == sum(p.numel() for p in model.parameters())
-    assert found["morphology"] == sum(p.numel() for p in model.morphology.parameters())
+    for switches in ({}, *SWITCHES, {"space_depth": 0, "position": "distance_bias"}):
+        config = dataclasses.replace(preset(name), **switches)
+        with torch.device("meta"):
+            model = Storm(config, 300)
+        found = flops.parameters(config, 300)
+        assert list(found) == LEVELS and sum(found.values()) == sum(p.numel() for p in model.parameters())
+        assert found["morphology"] == sum(p.numel() for p in model.morphology.parameters())
 
 
 def saved_bytes(model: Storm, batch: Batch, bf16: bool) -> int:
@@ -85,9 +111,14 @@ def saved_bytes(model: Storm, batch: Batch, bf16: bool) -> int:
     return sum(found.values())
 
 
+@pytest.mark.parametrize("expression", EXPRESSIONS)
 @pytest.mark.parametrize(("bf16", "checkpointing"), [(False, False), (True, False), (False, True)])
-def test_the_estimate_of_activations_is_near_what_autograd_keeps(bf16: bool, checkpointing: bool) -> None:
+def test_the_estimate_of_activations_is_near_what_autograd_keeps(
+    bf16: bool, checkpointing: bool, expression: str
+) -> None:
     config = dataclasses.replace(preset("tiny"), image_depth=6, image_width=128)
+    if expression == "tokens":
+        config = dataclasses.replace(config, image_depth=1, expression="tokens", expression_depth=6)
     batch = make_batch(regions=3, side=3, n=20, k=300, config=config)
     size = flops.sizes(batch, config.registers, padded=True)
     estimate = flops.activation_bytes(config, size, bf16, checkpointing)

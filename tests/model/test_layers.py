@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from storm.model.layers import Block, Rotation, Transformer, ZeroLinear, initialise, rotate, rotation
+from storm.model import layers
+from storm.model.layers import Block, Packing, Rotation, Transformer, ZeroLinear, initialise, rotate, rotation
 
 WIDTH, HEAD = 16, 8
 
@@ -30,7 +31,9 @@ def turned(x_LW: Tensor, code: Rotation) -> Tensor:
     return torch.cat([z.real, z.imag], -1)
 
 
-def plain_block(b: Block, x_LD: Tensor, code: Rotation, context_L: Tensor) -> Tensor:
+def plain_block(
+    b: Block, x_LD: Tensor, code: Rotation, context_L: Tensor, bias_HLL: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """One sequence, one head after the other, softmax written out; `context_L` may hold any tokens."""
     n = rms(x_LD, b.attention_norm.weight)
     query, (key, value) = n @ b.query.weight.T, (n @ b.key_value.weight.T).chunk(2, -1)
@@ -38,7 +41,8 @@ def plain_block(b: Block, x_LD: Tensor, code: Rotation, context_L: Tensor) -> Te
     for h in range(0, WIDTH, HEAD):
         q = turned(rms(query[:, h : h + HEAD], b.query_norm.weight), code)
         k = turned(rms(key[:, h : h + HEAD], b.key_norm.weight), code)
-        weight = (q @ k.T / math.sqrt(HEAD)).exp() * context_L
+        score = q @ k.T / math.sqrt(HEAD) + (0 if bias_HLL is None else bias_HLL[h // HEAD])
+        weight = score.exp() * context_L
         heads.append(weight / weight.sum(-1, keepdim=True) @ value[:, h : h + HEAD])
     x_LD = x_LD + torch.cat(heads, -1) @ b.attended.weight.T
     gate, up = (rms(x_LD, b.mlp_norm.weight) @ b.gate_up.weight.T).chunk(2, -1)
@@ -53,6 +57,50 @@ def test_block_equals_its_plain_twin() -> None:
     for s in range(2):
         seen = torch.cat([context[s], torch.zeros(2, dtype=torch.bool)])
         torch.testing.assert_close(out[s], plain_block(block, x[s], (code[0][s], code[1][s]), seen))
+
+
+def test_block_with_a_bias_equals_its_plain_twin() -> None:
+    block, x, bias = random_block(), torch.randn(1, 5, WIDTH).double(), torch.randn(1, 2, 5, 3).double()
+    bias[..., 1] = -torch.inf
+    straight = rotation(torch.zeros(5, 2).double(), HEAD, 50.0, 6400.0)
+    whole = torch.nn.functional.pad(bias[0], (0, 2))
+    out = block(x, None, bias)
+    seen = torch.tensor([True, False, True, False, False])
+    torch.testing.assert_close(out[0], plain_block(block, x[0], straight, seen, whole.nan_to_num(neginf=0.0)))
+
+
+LENGTHS = [5, 5, 5, 3, 3, 1]
+
+
+def packing() -> Packing:
+    return Packing(torch.tensor([0, *LENGTHS]).cumsum(0), max(LENGTHS))
+
+
+def by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed attention by the kernel for variable lengths, here on the CPU, or by runs of equal lengths."""
+    if name == "jagged":
+        monkeypatch.setattr(layers, "attend_packed", layers.attend_jagged)
+
+
+@pytest.mark.parametrize("name", ["runs", "jagged"])
+def test_packed_blocks_equal_a_loop_over_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, in float64."""
+    by_name(name, monkeypatch)
+    block, x = random_block(), torch.randn(1, sum(LENGTHS), WIDTH).double().requires_grad_()
+    packed = block(x, None, packing())
+    parts = []
+    for x_LD in x[0].split(LENGTHS):
+        straight = rotation(torch.zeros(len(x_LD), 2).double(), HEAD, 50.0, 6400.0)
+        parts.append(plain_block(block, x_LD, straight, torch.ones(len(x_LD), dtype=torch.bool)))
+    plain = torch.cat(parts)[None]
+    torch.testing.assert_close(packed, plain)
+    weight = torch.randn(packed.shape).double()
+    inputs = [x, *block.parameters()]
+    for ours, theirs in zip(
+        torch.autograd.grad((packed * weight).sum(), inputs), torch.autograd.grad((plain * weight).sum(), inputs),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_nobody_attends_to_a_query() -> None:

@@ -1,6 +1,7 @@
 """The whole model: shapes, what an answer may depend on, gradients, seeds."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,18 @@ from torch import Tensor
 
 from storm import losses
 from storm.model.storm import Storm
-from storm.presets import LIKELIHOODS
-from tests.model.batches import CONFIG, N_GENES, Batch, awake, choose_profiles, double, make_batch, pad_tiles
+from storm.presets import EXPRESSIONS, LIKELIHOODS
+from tests.model.batches import (
+    CONFIG,
+    N_GENES,
+    Batch,
+    awake,
+    choose_profiles,
+    completed,
+    double,
+    make_batch,
+    pad_tiles,
+)
 
 PROFILE_OUTPUTS = ("log_composition", "log_dispersion", "depth_mean", "depth_log_var", "embedding", "align_image")
 
@@ -48,10 +59,14 @@ def test_targets_are_no_input(model: Storm, batch: Batch) -> None:
     assert all(torch.equal(x, blind[name]) for name, x in model(batch).items())
 
 
+@pytest.mark.parametrize("expression", EXPRESSIONS)
 @pytest.mark.parametrize("visible", [0, 5])
-def test_a_footprint_asked_alone_among_36_and_among_1225(model: Storm, visible: int) -> None:
-    whole = make_batch(regions=1, n=1226 + visible)
+def test_a_footprint_asked_alone_among_36_and_among_1225(visible: int, expression: str) -> None:
+    config = dataclasses.replace(CONFIG, expression=expression)
+    model = awake(Storm(config, N_GENES))
+    whole = make_batch(regions=1, n=1226 + visible, config=config)
     whole["visible"] = torch.arange(1226 + visible)[None] < visible
+    whole = completed(whole)
     context = list(range(visible))
     asked = [700, 12, 1000]
     everything = model(choose_profiles(whole, list(range(1225 + visible))))
@@ -101,7 +116,8 @@ def test_regions_do_not_mix(model: Storm) -> None:
 
 def two_of(batch: Batch) -> Batch:
     """A batch that holds its one region twice."""
-    out = {name: x if name == "genes" else torch.cat([x, x]) for name, x in batch.items()}
+    once = {"genes", "context_slots"}
+    out = {name: x if name in once else torch.cat([x, x]) for name, x in batch.items()}
     out["tile_at"][1][batch["tile_at"][0] >= 0] += len(batch["tiles"])
     out["tile_slot"][len(batch["tiles"]) :] += batch["tile_present"].shape[1]
     out["input_offsets"][len(batch["input_offsets"]) :] += len(batch["input_gene"])
@@ -116,14 +132,62 @@ def test_every_likelihood_gives_every_parameter_a_gradient_but_no_unmeasured_gen
     unmeasured_genes_have_no_gradient(model, batch)
 
 
+SWITCHES = [
+    {},
+    {"expression": "tokens", "expression_width": 16, "position": "distance_bias", "descriptor_width": 3},
+    {"position": "none", "space_depth": 0},
+]
+
+
+def switched(switches: dict[str, Any]) -> Storm:
+    """A model with these switches, awake."""
+    model = Storm(dataclasses.replace(CONFIG, **switches), N_GENES)
+    if model.config.descriptor_width:
+        generator = torch.Generator().manual_seed(2)
+        table = torch.randn(N_GENES, model.config.descriptor_width, generator=generator)
+        model.set_descriptors(table, table.mean(0), table.std(0))
+    return awake(model)
+
+
+def blind(batch: Batch) -> Batch:
+    """The batch without a visible profile."""
+    batch = batch | {"visible": torch.zeros_like(batch["visible"]), "input_gene": torch.arange(0)}
+    batch |= {name: torch.zeros_like(batch[name]) for name in ("input_offsets", "input_log_depth", "input_log_genes")}
+    return completed(batch | {"input_value": torch.zeros(0)})
+
+
 @pytest.mark.parametrize("hidden_tiles", [0, 1])
+@pytest.mark.parametrize("expressed", [True, False])
 @pytest.mark.parametrize("images", [True, False])
-def test_every_parameter_has_a_gradient(model: Storm, images: bool, hidden_tiles: int) -> None:
-    """Also without a single tile: the dummy runs, and its gradient is exactly zero."""
-    grads = backward(model, make_batch(images=images, hidden_tiles=hidden_tiles))
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_every_parameter_has_a_gradient(
+    switches: dict[str, Any], images: bool, expressed: bool, hidden_tiles: int
+) -> None:
+    """Whatever is absent, image, expression or both: the dummies run, and their gradient is exactly zero."""
+    model = switched(switches)
+    batch = make_batch(images=images, hidden_tiles=hidden_tiles, config=model.config)
+    grads = backward(model, batch if expressed else blind(batch))
     assert all(torch.isfinite(grad).all() for grad in grads.values())
-    image = {name for name in grads if name.startswith(("morphology.", "tile.weight", "fusion.footprint."))}
+    image = {name for name in grads if name.startswith(("morphology.", "fusion.footprint."))}
+    image |= {"tile.weight"} if model.config.space_depth else set()
     assert image and all(grads[name].any() == images for name in image)
+    expression = {"expression.project.weight", "expression.blocks.norm.weight"} & grads.keys()
+    assert expression and all(grads[name].any() == expressed for name in expression)
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_what_is_absent_is_not_read(switches: dict[str, Any]) -> None:
+    """Without any visible profile, what the encoder says of expression moves nothing; without a tile, no pixel does."""
+    model = switched(switches)
+    batch = blind(make_batch(config=model.config))
+    before = model(batch)["embedding"]
+    with torch.no_grad():
+        model.expression.project.bias.add_(1.0)
+    assert torch.equal(model(batch)["embedding"], before)
+    dark = make_batch(images=False, config=model.config)
+    before = model(dark)["embedding"]
+    dark["tiles"] = 255 - dark["tiles"]
+    assert torch.equal(model(dark)["embedding"], before)
 
 
 def test_an_unmeasured_gene_has_exactly_no_gradient(model: Storm, batch: Batch) -> None:
@@ -144,9 +208,11 @@ def unmeasured_genes_have_no_gradient(model: Storm, batch: Batch) -> None:
     assert not asked.all() and not grads["genes.weight"][~asked].any()
 
 
-def test_gradient_equals_finite_differences() -> None:
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_gradient_equals_finite_differences(switches: dict[str, Any]) -> None:
     """One directional derivative through all three levels, in float64."""
-    model, batch = awake(Storm(CONFIG, N_GENES)).double(), double(make_batch())
+    model = switched(switches).double()
+    batch = double(make_batch(config=model.config))
     grads = backward(model, batch)
     generator = torch.Generator().manual_seed(3)
     step = {name: torch.randn(grad.shape, generator=generator).double() for name, grad in grads.items()}
@@ -229,3 +295,54 @@ def test_a_small_model_learns_what_the_tissue_shows() -> None:
         optimizer.step()
         history.append(float((total / count).detach()))
     assert history[-1] < history[0] - 0.3
+
+
+def regression(informative: bool) -> tuple[float, float]:
+    """Correlation over profiles of what is predicted and true of a gene kept from training, and of the known ones.
+
+    The truth: log share of gene g in tissue t is a_t . d_g, seen in the tiles' brightness. The descriptor holds d_g, or
+    noise.
+    """
+    config = dataclasses.replace(CONFIG, descriptor_width=2)
+    generator = torch.Generator().manual_seed(0)
+    truth_G2 = torch.randn(110, 2, generator=generator)
+    batch = make_batch(regions=4, hidden_tiles=0, n=8, k=60, config=config)
+    known, held = batch["genes"], torch.arange(70, 110)  # of the latter, nothing was counted
+    batch = blind(batch)
+    bright = torch.tensor([40, 100, 160, 220], dtype=torch.uint8)
+    batch["tiles"] = bright.repeat_interleave(4)[:, None, None, None].expand(-1, 32, 32, 3)
+    tissue_R2 = torch.tensor([[1.5, 0.0], [0.0, 1.5], [-1.5, 0.0], [0.0, -1.5]])
+    log_share_RG = tissue_R2 @ truth_G2.T
+    batch |= {"platform": torch.zeros(4).long(), "organ": torch.zeros(4).long()}
+    batch["gene_weight"] = torch.ones(4, len(known))
+    share_RK = log_share_RG[:, known].softmax(-1)
+    batch["target_count"] = (100 * share_RK).round()[:, None].expand(-1, 8, -1)
+    batch["target_mask"] = batch["profile"][..., None].expand(-1, -1, len(known))
+    model = Storm(config, 110)
+    noise_G2 = torch.randn(110, 2, generator=generator)
+    table_G2 = truth_G2 if informative else noise_G2
+    model.set_descriptors(table_G2, torch.zeros(2), torch.ones(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        batch["gene_kept"] = torch.rand(110, generator=generator) >= 0.3
+        total, count = losses.expr(model(batch), batch)
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    batch["gene_kept"] = torch.ones(110, dtype=torch.bool)
+    out = {name: x.detach() for name, x in model(batch).items()}
+    asked, _ = model.unseen(out["embedding"], batch, table_G2[held])
+    found = [asked[:, 0], out["log_composition"][:, 0]]
+    true = [log_share_RG[:, held], log_share_RG[:, known]]
+    unseen, seen = (
+        float(torch.corrcoef(torch.stack([(x - x.mean(0)).flatten(), (y - y.mean(0)).flatten()]))[0, 1])
+        for x, y in zip(found, true, strict=True)
+    )
+    return unseen, seen
+
+
+def test_a_gene_kept_from_training_is_predicted_by_its_descriptor_and_not_by_noise() -> None:
+    unseen, seen = regression(informative=True)
+    assert unseen > 0.8 and seen > 0.8
+    unseen, seen = regression(informative=False)
+    assert abs(unseen) < 0.3 and seen > 0.7

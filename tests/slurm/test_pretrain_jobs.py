@@ -106,9 +106,7 @@ def test_a_job_asked_to_stop_and_then_preempted_ends_as_an_undisturbed_one(
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
-def test_a_killed_rank_is_named_and_ends_the_job_for_good(
-    cluster: Cluster, tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_a_killed_rank_is_named_and_ends_the_job_for_good(cluster: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
     job = submitted(cluster, tmp_path, "--", *words(tiny_shards, tmp_path / "run"))
     until(after(0, tmp_path / "run"), "the first step", LIMIT_S, pause=0.05)
     os.kill(process_of(job, 1), signal.SIGKILL)

@@ -59,6 +59,7 @@ def two(
             folder = done[stage] = tmp_path_factory.mktemp(f"stage{stage}")
             runs.carry(alone, folder / "other")
             (folder / "wide").symlink_to(wide_shards)
+            runs.descriptors(tiny_shards, folder)
             words = runs.words(tiny_shards, folder, 1, *runs.KEEP, f"engine.zero_stage={stage}", runs.DIVIDED)
             jobs.Ranks(["-m", "tests.train.runs", str(folder), *words], 2, folder / "out.txt").wait()
         return done[stage]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from storm import losses
 from storm.config import RunConfig
-from storm.data.batch import BatchSpec
+from storm.data.batch import spec_of
 from storm.data.corpus import open_corpus
 from storm.data.stream import GroupStream
 from storm.model.storm import Storm
@@ -42,7 +42,7 @@ def train(config: RunConfig) -> Twin:
     shards = open_corpus(data)
     sizes, share = fit_model(config.model, shards), shards.genes.share
     assert share is not None and data.micro_batch_size == 1
-    spec = BatchSpec(sizes.tile_px, len(share), shards.panels, sizes.organs, share)
+    spec = spec_of(sizes, shards.panels, share)
     stream = GroupStream(shards, spec, config.mask, data, config.seed)
     model = Storm(sizes, len(share), config.seed)
     model.set_gene_bias(torch.from_numpy(np.log(share)).float())

@@ -14,6 +14,7 @@ import torch
 from storm import losses
 from storm.config import RunConfig, load
 from storm.data.stream import batches
+from storm.shards import ShardSet
 from storm.train import engine
 from storm.train.trainer import FINISHED, NotFiniteError, Trainer
 
@@ -22,6 +23,11 @@ THRESHOLD = "deepspeed.extra.zero_optimization.stage3_param_persistence_threshol
 BATCH, STEPS, STOP = 4, 20, 10
 # Small tensors would stay whole on every rank in ZeRO 3; with this none does.
 DIVIDED = f"{THRESHOLD}=0"
+# Every other switch of the model, and a first step in which groups come without a tile.
+SWITCHED = (
+    "model.expression=tokens", "model.position=distance_bias", "mask.gene_only=0.6", "model.expression_genes=40",
+    "model.expression_zeros=8", "model.expression_width=32",
+)  # fmt: skip
 KEEP = ("checkpoint.every_steps=10", "checkpoint.keep_every=10")
 
 
@@ -47,6 +53,14 @@ def all_terms(shards: Path, run_dir: Path, micro: int) -> list[str]:
 def kept(shards: Path, run_dir: Path, *more: str) -> RunConfig:
     """A run in micro-batches of one group that keeps its checkpoints of the steps STOP and STEPS."""
     return load(RunConfig, None, words(shards, run_dir, 1, *KEEP, *more))
+
+
+def descriptors(shards: Path, folder: Path) -> str:
+    """The word that gives a run a table of descriptors, which is written; the first gene has no row."""
+    ids = ShardSet(shards).genes.ids
+    rng = np.random.default_rng(0)
+    np.savez(folder / "descriptors.npz", gene_id=np.array(ids[1:]), descriptor=rng.normal(size=(len(ids) - 1, 6)))
+    return f"data.descriptors={folder / 'descriptors.npz'}"
 
 
 def train(
@@ -116,16 +130,20 @@ def broken(config: RunConfig, world: engine.World, groups: Path) -> str:
 
 
 def main(overrides: list[str], folder: Path) -> None:
-    """Write the first gradients, also with all terms on; train `run` to its end, continue `other`, and break one."""
+    """Write the first gradients, also with every switch and with all terms; train `run` from its start to its end,
+    continue `other`, and break one."""
     world = engine.connect()
-    found = first_step(load(RunConfig, None, [*overrides, f"run_dir={folder / 'first'}"]), world)
-    if world.rank == 0:
-        np.savez(folder / "first.npz", **found)  # type: ignore[arg-type]
-    everything = all_terms(folder / "wide", folder / "everything", 1)
+    table = f"data.descriptors={folder / 'descriptors.npz'}"
     stage = [word for word in overrides if word.startswith(("engine.", "deepspeed."))]
-    found = first_step(load(RunConfig, None, [*everything, *stage]), world)
-    if world.rank == 0:
-        np.savez(folder / "all_terms.npz", **found)  # type: ignore[arg-type]
+    first = {
+        "first": [*overrides, f"run_dir={folder / 'first'}"],
+        "switched": [*overrides, *SWITCHED, table, f"run_dir={folder / 'switched'}"],
+        "all_terms": [*all_terms(folder / "wide", folder / "everything", 1), *stage],
+    }
+    for name, words in first.items():
+        found = first_step(load(RunConfig, None, words), world)
+        if world.rank == 0:
+            np.savez(folder / f"{name}.npz", **found)  # type: ignore[arg-type]
     for name, resume in (("run", "never"), ("other", "auto")):
         trainer = Trainer(load(RunConfig, None, [*overrides, f"run_dir={folder / name}"]), world)
         trainer.start(resume, ["engine.zero_stage", THRESHOLD])

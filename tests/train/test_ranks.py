@@ -60,6 +60,20 @@ def test_two_ranks_have_the_losses_and_gradients_of_one_with_all_terms_on(
     agree(runs.first_step(load(RunConfig, None, runs.all_terms(wide_shards, tmp_path, 1)), world), found)
 
 
+def test_two_ranks_have_the_gradients_of_one_with_every_switch(
+    two: Callable, tiny_shards: Path, world: engine.World, tmp_path: Path, stage: int
+) -> None:
+    """Tokens, descriptors, distance bias; on one of two ranks a group without a tile, and one without expression."""
+    with np.load(two(stage) / "switched.npz") as arrays:
+        found = {name: arrays[name] for name in arrays.files}
+    config = runs.kept(tiny_shards, tmp_path, *runs.SWITCHED, runs.descriptors(tiny_shards, tmp_path))
+    agree(runs.first_step(config, world), found)
+    stream = Trainer(config, world).stream
+    for absent in ("tile_weight", "visible"):
+        pairs = np.array([bool(stream[item][absent].any()) for item in range(runs.BATCH)]).reshape(-1, 2)
+        assert (pairs[:, 0] != pairs[:, 1]).any(), absent
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_from_one_rank_to_two(two: Callable, alone: Path, stage: int) -> None:
     other = two(stage) / "other"

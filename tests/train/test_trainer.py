@@ -94,6 +94,28 @@ def test_a_stopped_run_resumes_to_the_same_losses_and_weights(
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
+def test_a_run_with_tokens_and_descriptors_resumes_with_its_own_table(
+    tiny_shards: Path, world: engine.World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    more = (*runs.SWITCHED, runs.descriptors(tiny_shards, tmp_path), "checkpoint.every_steps=1")
+    train(tiny_shards, tmp_path / "straight", world, *more)
+    genes = len(ShardSet(tiny_shards).genes)
+    assert f"descriptors.npz: lacks 1 of {genes} genes" in capsys.readouterr().out
+    train(tiny_shards, tmp_path / "run", world, *more, stop=1)
+    table = dict(np.load(tmp_path / "descriptors.npz"))
+    np.savez(tmp_path / "descriptors.npz", **table | {"descriptor": table["descriptor"][::-1]})  # type: ignore[arg-type]
+    train(tiny_shards, tmp_path / "run", world, *more)
+    assert runs.log(tmp_path / "run") == runs.log(tmp_path / "straight")
+    ends = [load_file(checkpoints.latest(tmp_path / name) / "model.safetensors") for name in ("run", "straight")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+    assert ends[0]["genes.descriptor"].shape == (genes, 6) and not ends[0]["genes.descriptor"][0].any()
+    kept = [Trainer(load(RunConfig, None, runs.words(tiny_shards, tmp_path, 2, *more)), world).stream.loader.kept(i)
+            for i in (0, 0, 1)]  # fmt: skip
+    assert all(some is not None for some in kept)
+    assert np.array_equal(kept[0], kept[1]) and not np.array_equal(kept[0], kept[2])  # type: ignore[arg-type]
+    assert 0.6 < np.mean(kept) < 0.8
+
+
 def test_going_back_removes_the_later_checkpoints(tiny_shards: Path, world: engine.World, tmp_path: Path) -> None:
     every = "checkpoint.every_steps=1"
     train(tiny_shards, tmp_path, world, "optim.steps=9", "checkpoint.keep_last=9", every, stop=4)

@@ -8,7 +8,7 @@ import torch
 from data_prep import pack
 from storm import losses
 from storm.config import MASK_MODES, DataConfig, MaskConfig
-from storm.data.batch import BatchSpec
+from storm.data.batch import spec_of
 from storm.data.corpus import open_corpus
 from storm.data.stream import GroupStream
 from storm.model.storm import Storm
@@ -27,7 +27,7 @@ def test_groups_without_a_tile_are_trained_on(tmp_path: Path, mode: str) -> None
     model = ModelConfig(tile_px=CONFIG.tile_px, tile_mpp=CONFIG.tile_mpp, organs=("skin",))
     share = opened.genes.share
     assert share is not None
-    spec = BatchSpec(model.tile_px, len(opened.genes), opened.panels, model.organs, share)
+    spec = spec_of(model, opened.panels, share)
     own = {name: float(name == mode) for name in MASK_MODES}
     found = GroupStream(opened, spec, MaskConfig.model_validate(own | {"loss_genes": 3}), data, 0)[0]
     assert not found["tile_present"].any()
