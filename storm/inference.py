@@ -4,6 +4,9 @@ In: `Pretrained`, `SlideStore`. Out: embeddings [N, D], or a `Prediction` [N, K]
 regions of the size used in training; each footprint is taken from the region in which it is most central. Queries do
 not see each other, so which footprints are asked, and in how many chunks, changes no answer.
 
+Which counts the model sees is the caller's: none, all, or those of some profiles, which are then context wherever a
+region holds them (imputation). The pixels can be withheld too (expression only).
+
 Without counts the footprints are those of a lattice over the tissue. Pixels are all that is read of such a slide.
 """
 
@@ -21,14 +24,17 @@ from storm.data.view import plain_view
 from storm.export import Pretrained
 from storm.genes import GeneTable
 from storm.model.heads import expected_log1p
+from storm.model.storm import Storm
 from storm.regions import Region
 from storm.store import SlideStore
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 LATTICE_PITCH_UM = 100.0
-_CHUNK = 256  # profiles asked of a region at a time, where none is context
+_CHUNK = 256  # profiles asked of a region at a time
+_CONTEXT = 1024  # profiles of a region that are context beside those asked: as many as a model is made for
 _REGIONS = 4  # per forward
 _PANEL, _NO_GENES = "slide", np.zeros(0, np.int64)
 SCALE = 1e4  # of lognorm
@@ -162,30 +168,33 @@ class _Ask:
     wanted: npt.NDArray[np.bool_]
 
 
-def _asks(pretrained: Pretrained, slide: Slide, rows: Rows, use_counts: bool) -> Iterator[_Ask]:
-    """The regions that cover `rows`. With counts each region holds all its footprints, because they are its context."""
+def _asks(pretrained: Pretrained, slide: Slide, rows: Rows, visible: Mask) -> Iterator[_Ask]:
+    """The regions that cover `rows`; each holds all its visible footprints, because they are its context."""
     tile_um, xy_um = slide.store.info.tile_um, slide.profiles.xy_um
     extent = regions.extent_for(platform_told(pretrained, slide), pretrained.data["spots_side"], tile_um)
+    shown = np.flatnonzero(visible)
     for region in regions.cover(xy_um[rows], tile_um, extent):
-        wanted = rows[region.profiles]
-        if not use_counts:
-            for start in range(0, len(wanted), _CHUNK):
-                part = wanted[start : start + _CHUNK]
-                yield _Ask(region, part, np.ones(len(part), bool))
-            continue
         corner = np.array(region.origin_um(tile_um))
-        inside = np.flatnonzero(((xy_um >= corner) & (xy_um < corner + extent * tile_um)).all(1))
-        held = np.union1d(inside, wanted)
-        yield _Ask(region, held, np.isin(held, wanted))
+        place = xy_um[shown] - corner
+        context = _spread(shown[((place >= 0) & (place < extent * tile_um)).all(1)])
+        for start in range(0, len(region.profiles), _CHUNK):
+            part = rows[region.profiles[start : start + _CHUNK]]
+            held = np.union1d(context, part)
+            yield _Ask(region, held, np.isin(held, part))
 
 
-def _group(pretrained: Pretrained, slide: Slide, ask: _Ask) -> schema.Group:
-    """The region as a group of its own, with its tiles as they lie in the store."""
+def _spread(rows: Rows) -> Rows:
+    """At most _CONTEXT of some rows, evenly along their order."""
+    return rows if len(rows) <= _CONTEXT else rows[np.arange(_CONTEXT) * len(rows) // _CONTEXT]
+
+
+def _group(pretrained: Pretrained, slide: Slide, ask: _Ask, use_image: bool) -> schema.Group:
+    """The region as a group of its own, with its tiles as they lie in the store, or without any."""
     info, region = slide.store.info, ask.region
     present = set(slide.store.tile_index)
     tiles = {
         (0, row - region.row, col - region.col): slide.store.jpeg(slide.store.tile_index[row, col])
-        for row, col in regions.region_tiles(region, slide.read, present)
+        for row, col in (regions.region_tiles(region, slide.read, present) if use_image else ())
     }
     platform = platform_told(pretrained, slide)
     meta = schema.GroupMeta(
@@ -197,25 +206,53 @@ def _group(pretrained: Pretrained, slide: Slide, ask: _Ask) -> schema.Group:
     return schema.Group(meta, slide.profiles.take(ask.rows), np.zeros(len(ask.rows), np.int32), tiles)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """What the model sees of a slide: the counts of the `visible` profiles [N], and the pixels or not."""
+
+    visible: Mask
+    image: bool
+
+
+def _shown(slide: Slide, use_counts: bool | Mask, use_image: bool) -> _Shown:
+    visible = np.broadcast_to(np.asarray(use_counts, dtype=bool), len(slide.profiles))
+    if visible.any() and not slide.measured:
+        raise ValueError(f"{slide.store.path}: has no counts; embed it from H&E alone")
+    if not use_image and not visible.any():
+        raise ValueError(f"{slide.store.path}: neither pixels nor counts are shown; show one of them")
+    return _Shown(visible, use_image)
+
+
+def _outputs(model: Storm, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's outputs, and as `feature` [R, N, 2, D] what its image encoder alone gave of each profile."""
+    read: list[torch.Tensor] = []
+    hook = model.footprint.register_forward_hook(lambda module, inputs, output: read.append(output[0]))
+    try:
+        return model(batch) | {"feature": read[0]}
+    finally:
+        hook.remove()
+
+
 def _forward(
-    pretrained: Pretrained, slide: Slide, rows: Rows, use_counts: bool, genes: Rows, device: torch.device
-) -> Iterator[tuple[Rows, dict[str, torch.Tensor]]]:
-    """(rows answered [n], the model's outputs for them [n, ...]) of one forward after another."""
+    pretrained: Pretrained, slide: Slide, rows: Rows, shown: _Shown, genes: Rows, names: tuple[str, ...],
+    device: torch.device,
+) -> Iterator[tuple[Rows, dict[str, torch.Tensor]]]:  # fmt: skip
+    """(rows answered [n], the named outputs of the model for them [n, ...]) of one forward after another."""
     spec = BatchSpec(
         pretrained.config.tile_px, len(pretrained.genes), {_PANEL: slide.panel}, pretrained.config.organs,
         np.asarray(pretrained.genes.share), pretrained.panel,
     )  # fmt: skip
     model = pretrained.model.to(device)
-    asks = list(_asks(pretrained, slide, rows, use_counts))
+    asks = list(_asks(pretrained, slide, rows, shown.visible))
     for start in range(0, len(asks), _REGIONS):
         some = asks[start : start + _REGIONS]
-        groups = [_group(pretrained, slide, ask) for ask in some]
-        batch = collate(groups, [plain_view(group, use_counts) for group in groups], spec, genes)
+        groups = [_group(pretrained, slide, ask, shown.image) for ask in some]
+        views = [plain_view(group, shown.visible[ask.rows]) for group, ask in zip(groups, some, strict=True)]
+        batch = collate(groups, views, spec, genes)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            outputs = model({name: tensor.to(device) for name, tensor in batch.items()})
+            outputs = _outputs(model, {name: tensor.to(device) for name, tensor in batch.items()})
         for i, ask in enumerate(some):
             at = torch.from_numpy(np.flatnonzero(ask.wanted)).to(device)
-            names = ("embedding", "log_composition", "log_dispersion", "depth_mean", "depth_log_var")
             yield ask.rows[ask.wanted], {name: outputs[name][i, at].float().cpu() for name in names}
 
 
@@ -223,24 +260,41 @@ def _device(device: str | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def embed(
-    pretrained: Pretrained, slide: Slide, use_counts: bool, rows: Rows | None = None, device: str | None = None
-) -> Floats:
-    """Embeddings [N, D] of all footprints, or of those at `rows`, from H&E and, with `use_counts`, their counts.
+def vectors(
+    pretrained: Pretrained, slide: Slide, name: str, use_counts: bool | Mask = False, use_image: bool = True,
+    rows: Rows | None = None, device: str | None = None,
+) -> Floats:  # fmt: skip
+    """One of the model's outputs per footprint, [N, ...]: of all footprints, or of those at `rows`.
+
+    Args:
+        name: embedding; feature [N, 2, D], what the image encoder alone gave under the footprint and over the window;
+            align_image and align_expression of a model that has them.
+        use_counts: whose counts are shown: nobody's, everybody's, or those of a mask [all footprints].
+        use_image: show the pixels.
 
     Raises:
-        ValueError: counts are asked for, but the slide has none.
+        ValueError: counts are to be shown, but the slide has none; or nothing is to be shown.
     """
-    if use_counts and not slide.measured:
-        raise ValueError(f"{slide.store.path}: has no counts; embed it from H&E alone")
+    shown = _shown(slide, use_counts, use_image)
     rows = np.arange(len(slide.profiles)) if rows is None else rows
     place = {int(row): i for i, row in enumerate(rows)}
     found: Floats | None = None
-    for done, outputs in _forward(pretrained, slide, rows, use_counts, _NO_GENES, _device(device)):
-        values = outputs["embedding"].numpy()
-        found = np.zeros((len(rows), values.shape[1]), np.float32) if found is None else found
+    for done, outputs in _forward(pretrained, slide, rows, shown, _NO_GENES, (name,), _device(device)):
+        values = outputs[name].numpy()
+        found = np.zeros((len(rows), *values.shape[1:]), np.float32) if found is None else found
         found[[place[int(row)] for row in done]] = values
     return np.zeros((0, 0), np.float32) if found is None else found
+
+
+def embed(
+    pretrained: Pretrained, slide: Slide, use_counts: bool | Mask, rows: Rows | None = None, device: str | None = None
+) -> Floats:
+    """Embeddings [N, D] of all footprints, or of those at `rows`, from H&E and the counts that are shown.
+
+    Raises:
+        ValueError: as `vectors`.
+    """
+    return vectors(pretrained, slide, "embedding", use_counts, rows=rows, device=device)
 
 
 def gene_indices(pretrained: Pretrained, genes: list[str] | None) -> tuple[Rows, list[str]]:
@@ -266,15 +320,18 @@ def gene_indices(pretrained: Pretrained, genes: list[str] | None) -> tuple[Rows,
 
 def predict(
     pretrained: Pretrained, slide: Slide, genes: Rows | None = None, rows: Rows | None = None,
-    use_counts: bool = False, device: str | None = None,
+    use_counts: bool | Mask = False, device: str | None = None, use_image: bool = True,
 ) -> Prediction:  # fmt: skip
     """Expected expression of all footprints, or of those at `rows`.
 
     Args:
         genes: [K] vocabulary indices to return; None = the reference panel. The composition is over the whole reference
             panel whatever is returned.
-        use_counts: let the model see the counts it is asked to predict as well (a reconstruction, not a prediction).
+        use_counts: whose counts are shown, as `vectors` has it. A footprint that is asked and shown is a
+            reconstruction, no prediction.
+        use_image: show the pixels.
     """
+    shown = _shown(slide, use_counts, use_image)
     panel = np.flatnonzero(pretrained.panel)
     genes = panel if genes is None else genes
     columns = torch.from_numpy(np.searchsorted(panel, genes))
@@ -282,7 +339,8 @@ def predict(
     place = {int(row): i for i, row in enumerate(rows)}
     composition, dispersion = (np.zeros((len(rows), len(genes)), np.float32) for _ in range(2))
     contrast, log_var = (np.zeros(len(rows), np.float32) for _ in range(2))
-    for done, outputs in _forward(pretrained, slide, rows, use_counts, panel, _device(device)):
+    names = ("log_composition", "log_dispersion", "depth_mean", "depth_log_var")
+    for done, outputs in _forward(pretrained, slide, rows, shown, panel, names, _device(device)):
         at = [place[int(row)] for row in done]
         composition[at] = outputs["log_composition"][:, columns].exp().numpy()
         dispersion[at] = outputs["log_dispersion"][:, columns].exp().numpy()

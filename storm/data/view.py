@@ -50,8 +50,8 @@ class View:
     tell_organ: bool = True
 
 
-def plain_view(group: Group, use_counts: bool) -> View:
-    """Nothing varied, every tile encoded, every profile asked; all counts visible, or all hidden."""
+def plain_view(group: Group, use_counts: bool | Mask) -> View:
+    """Nothing varied, every tile encoded, every profile asked; the counts of all, of none, or of some [N] visible."""
     shown = np.full(len(group.profiles), use_counts)
     entry = _entries(group.profiles, shown, None)
     count = group.profiles.count[entry].astype(np.int64)

@@ -43,6 +43,8 @@ sections). Columns are target/gene rule; they are not comparable with each other
 * *var*: the {genes[var]} genes of highest variance among the 1,000 of highest mean.
 * *binned*: the {genes[binned]} of highest dispersion within 20 bins of mean; many of them are seen in few profiles.
   Both rules look at training sections alone.
+* *image features*: what the model's own image encoder gives of footprint and window before anything else of the model,
+  128 principal components fitted in training. A frozen encoder has never seen expression, a trained one has.
 
 {table}
 

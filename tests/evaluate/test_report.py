@@ -52,7 +52,7 @@ def test_the_table_holds_every_method_in_every_column(written: Path) -> None:
     rows = list(csv.DictReader((written / "table.csv").open()))
     columns = {"lognorm/var", "raw/var", "residual/var", "lognorm/binned"}
     methods = {row["method"] for row in rows}
-    assert len(methods) == 10 and len(rows) == 40 and {row["column"] for row in rows} == columns
+    assert len(methods) == 14 and len(rows) == 56 and {row["column"] for row in rows} == columns
     assert all(float(row["low"]) <= float(row["high"]) for row in rows)
     values = files.read_json(written / "evaluation.json")
     assert values["model_trained_on_these_shards"] is True
@@ -63,7 +63,10 @@ def test_the_table_holds_every_method_in_every_column(written: Path) -> None:
 
 
 def test_gene_classes_lie_between_control_and_oracle(written: Path) -> None:
-    classes = files.read_json(written / "evaluation.json")["gene_classes"]["classes"]
+    values = files.read_json(written / "evaluation.json")["gene_classes"]
+    classes = values["classes"]
+    for name, donors in values["model_by_donor"].items():
+        assert len(donors) == 1 and donors[0] == pytest.approx(classes[name]["scores"][values["methods"][0]])
     assert sorted(classes) == ["a", "b", "c", "d", "e"]
     for name in "abcd":
         scores = classes[name]["scores"]
