@@ -149,35 +149,35 @@ def colour_mlp(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator)
     return [mlp_predict(train.colour, y, test.colour, rng)]
 
 
-def _components(train_x: Floats | None, test_x: Floats | None) -> tuple[Floats, ...]:
+def components(train_x: Floats | None, test_x: Floats | None) -> tuple[Floats, Floats]:
     """The first principal components of standardised features, both fitted in training."""
     assert train_x is not None and test_x is not None, "a method on image features was given none"
     scaler = StandardScaler().fit(train_x)
     pca = PCA(min(COMPONENTS, *train_x.shape), random_state=0).fit(scaler.transform(train_x))
-    return tuple(np.asarray(pca.transform(scaler.transform(x))) for x in (train_x, test_x))
+    return np.asarray(pca.transform(scaler.transform(train_x))), np.asarray(pca.transform(scaler.transform(test_x)))
 
 
 def image_ridge(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
     """Ridge on the components of the image encoder's features."""
-    x, asked = _components(train.image, test.image)
+    x, asked = components(train.image, test.image)
     return [ridge_predict(x, y, asked, train.fold, standardise=False)]
 
 
 def image_neighbour_ridge(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
     """Ridge on the components of the image encoder's features and of their mean over the neighbours."""
-    x, asked = _components(train.image_around, test.image_around)
+    x, asked = components(train.image_around, test.image_around)
     return [ridge_predict(x, y, asked, train.fold, standardise=False)]
 
 
 def image_knn(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
     """Mean of the 20 training profiles of most similar features."""
-    x, asked = _components(train.image, test.image)
+    x, asked = components(train.image, test.image)
     return [knn_predict(x, y, asked)]
 
 
 def image_mlp(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
     """Two layers on the components of the image encoder's features."""
-    x, asked = _components(train.image, test.image)
+    x, asked = components(train.image, test.image)
     return [mlp_predict(x, y, asked, rng)]
 
 

@@ -152,11 +152,11 @@ class Seen:
 
 def see(pretrained: Pretrained, cohort: Cohort) -> Seen:
     """Embeddings and image features of a cohort."""
-    found = [
-        tuple(read(pretrained, cohort, name, sections) for sections in (cohort.train, cohort.test))
+    embedding, image = (
+        (read(pretrained, cohort, name, cohort.train), read(pretrained, cohort, name, cohort.test))
         for name in ("embedding", "feature")
-    ]
-    return Seen(*found)
+    )
+    return Seen(embedding, image)
 
 
 def read(

@@ -125,3 +125,10 @@ def interval(value: float, replicates: Floats) -> Interval:
     """A figure with the 2.5 and 97.5 percentiles of its replicates [R]."""
     low, high = np.percentile(replicates, [2.5, 97.5])
     return Interval(float(value), float(low), float(high))
+
+
+def told(entry: dict[str, float] | None, sign: str = "") -> str:
+    """An interval's plain values as text, or a dash where there is none."""
+    if entry is None:
+        return "-"
+    return f"{entry['value']:{sign}.3f} [{entry['low']:{sign}.3f}, {entry['high']:{sign}.3f}]"

@@ -105,14 +105,18 @@ def test_image_features_are_told_from_colour() -> None:
     rng = np.random.default_rng(3)
     cohort = _cohort()
     mix = rng.normal(size=(1, 40))
-    image = tuple([s.colour[:, :1] @ mix + 0.1 * rng.normal(size=(len(s.rows), 40)) for s in part]
-                  for part in (cohort.train, cohort.test))  # fmt: skip
+    image = [
+        [s.colour[:, :1] @ mix + 0.1 * rng.normal(size=(len(s.rows), 40)) for s in part]
+        for part in (cohort.train, cohort.test)
+    ]
     blind = [
         [dataclasses.replace(s, colour=rng.normal(size=s.colour.shape), around=rng.normal(size=s.around.shape))
          for s in part] for part in (cohort.train, cohort.test)
     ]  # fmt: skip
     cohort = dataclasses.replace(cohort, train=blind[0], test=blind[1])
-    found = expression.baseline_scores(cohort, "lognorm", np.arange(60), 0, expression.Seen(image, image))
+    found = expression.baseline_scores(
+        cohort, "lognorm", np.arange(60), 0, expression.Seen((image[0], image[1]), (image[0], image[1]))
+    )
     driven = np.arange(60) % 3 > 0
     for method in baselines.METHODS:
         if method.of_image:
