@@ -1,11 +1,12 @@
 """All protocols on the synthetic tissue with an untrained model: they run, say what they are, and claim nothing."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from storm import cli, files
-from storm.evaluate import protocols
+from storm import cli, export, files
+from storm.evaluate import expression, protocols, transfer
 from tests import untrained
 
 
@@ -19,7 +20,11 @@ def values(tiny_store: Path, tiny_shards: Path, synthetic_tiny: Path, tmp_path_f
     words += ["--truth", str(synthetic_tiny / "truth"), "--out", str(folder / "report")]
     names = ",".join(name for name in protocols.NAMES if name != protocols.EXPRESSION)
     assert cli.main(["evaluate", *words, "--protocols", names]) == 0
-    return {"text": (folder / "report" / "report.md").read_text(), **files.read_json(folder / "report/evaluation.json")}
+    return {
+        "model": folder / "model",
+        "text": (folder / "report" / "report.md").read_text(),
+        **files.read_json(folder / "report/evaluation.json"),
+    }
 
 
 def test_each_protocol_is_reported_with_its_provenance(values: dict) -> None:
@@ -54,6 +59,19 @@ def test_an_untrained_model_is_beaten(values: dict) -> None:
         assert all(-0.5 <= m["ari"]["low"] <= m["ari"]["high"] <= 1 for m in backend["methods"].values())
     levels = values["protocols"]["probes"]["levels"]
     assert set(levels) == {"colour", "image features", "embedding, H&E only", "embedding, H&E and counts"}
+
+
+def test_transfer_reads_real_stores(values: dict, tiny_store: Path, tiny_shards: Path) -> None:
+    """The same model, taken for one that was trained on legacy ST alone: the Visium donor is a new one."""
+    pretrained = export.load(values["model"])
+    data = {**pretrained.data, "platforms": {"st": pretrained.data["platforms"]["st"]}}
+    cohort = expression.open_cohort(pretrained, tiny_store, tiny_shards)
+    found = transfer.evaluate(dataclasses.replace(pretrained, data=data), cohort, 0)
+    (group,) = found["groups"]
+    assert (group["platform"], group["relation"], group["donors"]) == ("visium", "new donor", 1)
+    assert set(group["scores"]) == {transfer.MODEL, transfer.SOURCE, transfer.TARGET}
+    assert "ratio_to_within" not in group and found["trained_on"] == ["st"]
+    assert group["scores"][transfer.SOURCE]["value"] > 0 and "new donor" in transfer.text(found)
 
 
 def test_names_that_are_no_protocol_are_refused() -> None:
