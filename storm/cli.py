@@ -78,10 +78,15 @@ def _parser() -> argparse.ArgumentParser:
         ("--model", True, "export"), ("--store", True, "folder of the slide stores"), ("--out", True, "report folder"),
         ("--shards", True, "shard set: it says which slides were for training"), ("--run", False, "run folder"),
         ("--truth", False, "truth folder of a synthetic corpus"),
+        ("--labels", False, "folder of <slide>.csv (profile_id, label): annotated domains"),
     ):  # fmt: skip
         command.add_argument(
             name, dest=name[2:] + ("_dir" if name == "--run" else ""), type=Path, required=needed, help=text
         )
+    command.add_argument(
+        "--protocols", default="expression",
+        help="a list of expression, imputation, domains, retrieval, transfer, probes (default: expression)",
+    )  # fmt: skip
     command.add_argument("--seed", type=int, default=0, help="of baselines and bootstrap")
     command.set_defaults(run=evaluate)
     command = commands.add_parser("verify", help="check an export or a shard set against its hashes")
@@ -280,7 +285,8 @@ def evaluate(args: argparse.Namespace) -> int:
     """`storm evaluate`."""
     from storm.evaluate import report
 
-    print(report.write(args.model, args.store, args.shards, args.truth, args.run_dir, args.out, args.seed))
+    sources = report.Sources(args.model, args.store, args.shards, args.truth, args.labels, args.run_dir)
+    print(report.write(sources, args.out, args.protocols.split(","), args.seed))
     return 0
 
 

@@ -4,12 +4,14 @@ In: `Pretrained`, `SlideStore`. Out: embeddings [N, D], or a `Prediction` [N, K]
 regions of the size used in training; each footprint is taken from the region in which it is most central. Queries do
 not see each other, so which footprints are asked, and in how many chunks, changes no answer.
 
+Which counts the model sees is the caller's: none, all, or those of some profiles, which are then context wherever a
+region holds them (imputation). The pixels can be withheld too (expression only).
+
 Without counts the footprints are those of a lattice over the tissue. Pixels are all that is read of such a slide.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +23,20 @@ from storm.data.view import plain_view
 from storm.descriptors import Descriptors
 from storm.export import Pretrained
 from storm.genes import GeneTable, canonical, species_of
-from storm.model.heads import expected_log1p
+from storm.model.storm import Storm
+from storm.prediction import Prediction
 from storm.regions import Region
 from storm.store import SlideStore
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 LATTICE_PITCH_UM = 100.0
-_CHUNK = 256  # profiles asked of a region at a time, where none is context
+_CHUNK = 256  # profiles asked of a region at a time
+_CONTEXT = 1024  # profiles of a region that are context beside those asked: as many as a model is made for
 _REGIONS = 4  # per forward
 _PANEL, _NO_GENES = "slide", np.zeros(0, np.int64)
-SCALE = 1e4  # of lognorm
 
 
 @dataclass(frozen=True)
@@ -45,49 +49,6 @@ class Slide:
     measured: bool  # False: the footprints are a lattice and have no counts
     unknown: tuple[str, ...]  # measured genes that the model cannot know
     read: Rows  # [M, 2] (row, col) of the tiles that the footprints read
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model expects of N footprints, for K genes of its vocabulary.
-
-    mu = exp(log_depth) * composition * (1 - zeros). `log_depth` is the log of the total over the whole reference panel;
-    its level is a constant of the training data (absolute depth is not identified from H&E), its contrasts are
-    predicted.
-    """
-
-    genes: Rows  # [K] vocabulary indices; from the vocabulary's length on, the unseen genes in the order of the call
-    composition: Floats  # [N, K] share of each gene among the reference panel
-    log_depth: Floats  # [N]
-    depth_log_var: Floats  # [N] of the slide-centred log depth
-    dispersion: Floats  # [N, K] size r: variance = mu + mu^2 / r; infinite: Poisson; NaN: the model learned no noise
-    zeros: Floats  # [K] share of zeros beside those; above 0 for likelihood zinb alone
-
-    @cached_property
-    def mu(self) -> Floats:
-        """[N, K] expected counts."""
-        return np.exp(self.log_depth)[:, None] * self.composition * (1 - self.zeros)
-
-    def lognorm(self) -> Floats:
-        """[N, K] expected log1p(count / depth * 1e4) at the predicted depth."""
-        if np.isnan(self.dispersion).any():  # likelihood lognorm: what it was trained to tell
-            return np.log1p(np.float32(SCALE) * self.composition)
-        return self._expected(np.exp(np.float32(np.log(SCALE)) - self.log_depth))
-
-    def raw(self) -> Floats:
-        """[N, K] expected log1p(count); without a noise model log1p of the expected count."""
-        if np.isnan(self.dispersion).any():
-            return np.log1p(self.mu)
-        return self._expected(np.ones_like(self.log_depth))
-
-    def _expected(self, scale: Floats) -> Floats:
-        expected = np.empty_like(self.composition)
-        for start in range(0, len(expected), _CHUNK):  # the quadrature holds several arrays of this shape
-            part = slice(start, start + _CHUNK)
-            mu = np.exp(self.log_depth[part, None]) * self.composition[part]
-            given = (torch.from_numpy(a) for a in (mu, self.dispersion[part], scale[part, None]))
-            expected[part] = expected_log1p(*given).numpy()
-        return expected * (1 - self.zeros)
 
 
 def prepare(pretrained: Pretrained, store: SlideStore) -> Slide:
@@ -171,30 +132,33 @@ class _Ask:
     wanted: npt.NDArray[np.bool_]
 
 
-def _asks(pretrained: Pretrained, slide: Slide, rows: Rows, use_counts: bool) -> Iterator[_Ask]:
-    """The regions that cover `rows`. With counts each region holds all its footprints, because they are its context."""
+def _asks(pretrained: Pretrained, slide: Slide, rows: Rows, visible: Mask) -> Iterator[_Ask]:
+    """The regions that cover `rows`; each holds all its visible footprints, because they are its context."""
     tile_um, xy_um = slide.store.info.tile_um, slide.profiles.xy_um
     extent = regions.extent_for(platform_told(pretrained, slide), pretrained.data["spots_side"], tile_um)
+    shown = np.flatnonzero(visible)
     for region in regions.cover(xy_um[rows], tile_um, extent):
-        wanted = rows[region.profiles]
-        if not use_counts:
-            for start in range(0, len(wanted), _CHUNK):
-                part = wanted[start : start + _CHUNK]
-                yield _Ask(region, part, np.ones(len(part), bool))
-            continue
         corner = np.array(region.origin_um(tile_um))
-        inside = np.flatnonzero(((xy_um >= corner) & (xy_um < corner + extent * tile_um)).all(1))
-        held = np.union1d(inside, wanted)
-        yield _Ask(region, held, np.isin(held, wanted))
+        place = xy_um[shown] - corner
+        context = _spread(shown[((place >= 0) & (place < extent * tile_um)).all(1)])
+        for start in range(0, len(region.profiles), _CHUNK):
+            part = rows[region.profiles[start : start + _CHUNK]]
+            held = np.union1d(context, part)
+            yield _Ask(region, held, np.isin(held, part))
 
 
-def _group(pretrained: Pretrained, slide: Slide, ask: _Ask) -> schema.Group:
-    """The region as a group of its own, with its tiles as they lie in the store."""
+def _spread(rows: Rows) -> Rows:
+    """At most _CONTEXT of some rows, evenly along their order."""
+    return rows if len(rows) <= _CONTEXT else rows[np.arange(_CONTEXT) * len(rows) // _CONTEXT]
+
+
+def _group(pretrained: Pretrained, slide: Slide, ask: _Ask, use_image: bool) -> schema.Group:
+    """The region as a group of its own, with its tiles as they lie in the store, or without any."""
     info, region = slide.store.info, ask.region
     present = set(slide.store.tile_index)
     tiles = {
         (0, row - region.row, col - region.col): slide.store.jpeg(slide.store.tile_index[row, col])
-        for row, col in regions.region_tiles(region, slide.read, present)
+        for row, col in (regions.region_tiles(region, slide.read, present) if use_image else ())
     }
     platform = platform_told(pretrained, slide)
     meta = schema.GroupMeta(
@@ -206,34 +170,56 @@ def _group(pretrained: Pretrained, slide: Slide, ask: _Ask) -> schema.Group:
     return schema.Group(meta, slide.profiles.take(ask.rows), np.zeros(len(ask.rows), np.int32), tiles)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """What the model sees of a slide: the counts of the `visible` profiles [N], and the pixels or not."""
+
+    visible: Mask
+    image: bool
+
+
+def _shown(slide: Slide, use_counts: bool | Mask, use_image: bool) -> _Shown:
+    visible = np.broadcast_to(np.asarray(use_counts, dtype=bool), len(slide.profiles))
+    if visible.any() and not slide.measured:
+        raise ValueError(f"{slide.store.path}: has no counts; embed it from H&E alone")
+    if not use_image and not visible.any():
+        raise ValueError(f"{slide.store.path}: neither pixels nor counts are shown; show one of them")
+    return _Shown(visible, use_image)
+
+
+def _outputs(model: Storm, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's outputs, and as `feature` [R, N, 2, D] what its image encoder alone gave of each profile."""
+    read: list[torch.Tensor] = []
+    hook = model.footprint.register_forward_hook(lambda module, inputs, output: read.append(output[0]))
+    try:
+        return model(batch) | {"feature": read[0]}
+    finally:
+        hook.remove()
+
+
 def _forward(
-    pretrained: Pretrained,
-    slide: Slide,
-    rows: Rows,
-    use_counts: bool,
-    genes: Rows,
-    device: torch.device,
-    unseen: Floats | None = None,
-) -> Iterator[tuple[Rows, dict[str, torch.Tensor]]]:
-    """(rows answered [n], the model's outputs for them [n, ...]) of one forward after another; unseen genes come after
-    the others."""
+    pretrained: Pretrained, slide: Slide, rows: Rows, shown: _Shown, genes: Rows, names: tuple[str, ...],
+    device: torch.device, unseen: Floats | None = None,
+) -> Iterator[tuple[Rows, dict[str, torch.Tensor]]]:  # fmt: skip
+    """(rows answered [n], the named outputs of the model for them [n, ...], those that it has) of one forward after
+    another; unseen genes come after the others."""
     spec = spec_of(pretrained.config, {_PANEL: slide.panel}, np.asarray(pretrained.genes.share), pretrained.panel)
     model = pretrained.model.to(device)
-    asks = list(_asks(pretrained, slide, rows, use_counts))
+    asks = list(_asks(pretrained, slide, rows, shown.visible))
     for start in range(0, len(asks), _REGIONS):
         some = asks[start : start + _REGIONS]
-        groups = [_group(pretrained, slide, ask) for ask in some]
-        batch = collate(groups, [plain_view(group, use_counts) for group in groups], spec, genes)
+        groups = [_group(pretrained, slide, ask, shown.image) for ask in some]
+        views = [plain_view(group, shown.visible[ask.rows]) for group, ask in zip(groups, some, strict=True)]
+        batch = collate(groups, views, spec, genes)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             moved = {name: tensor.to(device) for name, tensor in batch.items()}
-            outputs = model(moved)
+            outputs = _outputs(model, moved)
             if unseen is not None:
                 more = model.unseen(outputs["embedding"], moved, torch.from_numpy(unseen).to(device))
-                for name, values in zip(("log_composition", "log_dispersion"), more, strict=True):
+                for name, values in more.items():
                     outputs[name] = torch.cat([outputs[name], values], dim=-1)
         for i, ask in enumerate(some):
             at = torch.from_numpy(np.flatnonzero(ask.wanted)).to(device)
-            names = ("embedding", "log_composition", "log_dispersion", "zero_logit", "depth_mean", "depth_log_var")
             yield ask.rows[ask.wanted], {name: outputs[name][i, at].float().cpu() for name in names if name in outputs}
 
 
@@ -241,24 +227,41 @@ def _device(device: str | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def embed(
-    pretrained: Pretrained, slide: Slide, use_counts: bool, rows: Rows | None = None, device: str | None = None
-) -> Floats:
-    """Embeddings [N, D] of all footprints, or of those at `rows`, from H&E and, with `use_counts`, their counts.
+def vectors(
+    pretrained: Pretrained, slide: Slide, name: str, use_counts: bool | Mask = False, use_image: bool = True,
+    rows: Rows | None = None, device: str | None = None,
+) -> Floats:  # fmt: skip
+    """One of the model's outputs per footprint, [N, ...]: of all footprints, or of those at `rows`.
+
+    Args:
+        name: embedding; feature [N, 2, D], what the image encoder alone gave under the footprint and over the window;
+            align_image and align_expression of a model that has them.
+        use_counts: whose counts are shown: nobody's, everybody's, or those of a mask [all footprints].
+        use_image: show the pixels.
 
     Raises:
-        ValueError: counts are asked for, but the slide has none.
+        ValueError: counts are to be shown, but the slide has none; or nothing is to be shown.
     """
-    if use_counts and not slide.measured:
-        raise ValueError(f"{slide.store.path}: has no counts; embed it from H&E alone")
+    shown = _shown(slide, use_counts, use_image)
     rows = np.arange(len(slide.profiles)) if rows is None else rows
     place = {int(row): i for i, row in enumerate(rows)}
     found: Floats | None = None
-    for done, outputs in _forward(pretrained, slide, rows, use_counts, _NO_GENES, _device(device)):
-        values = outputs["embedding"].numpy()
-        found = np.zeros((len(rows), values.shape[1]), np.float32) if found is None else found
+    for done, outputs in _forward(pretrained, slide, rows, shown, _NO_GENES, (name,), _device(device)):
+        values = outputs[name].numpy()
+        found = np.zeros((len(rows), *values.shape[1:]), np.float32) if found is None else found
         found[[place[int(row)] for row in done]] = values
     return np.zeros((0, 0), np.float32) if found is None else found
+
+
+def embed(
+    pretrained: Pretrained, slide: Slide, use_counts: bool | Mask, rows: Rows | None = None, device: str | None = None
+) -> Floats:
+    """Embeddings [N, D] of all footprints, or of those at `rows`, from H&E and the counts that are shown.
+
+    Raises:
+        ValueError: as `vectors`.
+    """
+    return vectors(pretrained, slide, "embedding", use_counts, rows=rows, device=device)
 
 
 def gene_indices(
@@ -313,17 +316,20 @@ def unseen_rows(pretrained: Pretrained, table: Descriptors, genes: list[str]) ->
 
 def predict(
     pretrained: Pretrained, slide: Slide, genes: Rows | None = None, rows: Rows | None = None,
-    use_counts: bool = False, device: str | None = None, unseen: Floats | None = None,
+    use_counts: bool | Mask = False, device: str | None = None, unseen: Floats | None = None, use_image: bool = True,
 ) -> Prediction:  # fmt: skip
     """Expected expression of all footprints, or of those at `rows`.
 
     Args:
         genes: [K] vocabulary indices to return; None = the reference panel. The composition is over the whole reference
             panel whatever is returned.
-        use_counts: let the model see the counts it is asked to predict as well (a reconstruction, not a prediction).
+        use_counts: whose counts are shown, as `vectors` has it. A footprint that is asked and shown is a
+            reconstruction, no prediction.
         unseen: [U, C] descriptors of genes outside the vocabulary (`unseen_rows`), returned after the others. Their
             mean level is that of the known genes: the contrasts between footprints are predicted.
+        use_image: show the pixels.
     """
+    shown = _shown(slide, use_counts, use_image)
     panel = np.flatnonzero(pretrained.panel)
     genes = panel if genes is None else genes
     more = np.arange(0 if unseen is None else len(unseen))
@@ -335,13 +341,15 @@ def predict(
     dispersion = np.full_like(composition, np.nan if pretrained.config.likelihood == "lognorm" else np.inf)
     zeros = np.zeros(len(genes), np.float32)
     contrast, log_var = (np.zeros(len(rows), np.float32) for _ in range(2))
-    for done, outputs in _forward(pretrained, slide, rows, use_counts, panel, _device(device), unseen):
+    names = ("log_composition", "log_dispersion", "zero_logit", "depth_mean", "depth_log_var")
+    for done, outputs in _forward(pretrained, slide, rows, shown, panel, names, _device(device), unseen):
         at = [place[int(row)] for row in done]
         composition[at] = outputs["log_composition"][:, columns].exp().numpy()
         if "log_dispersion" in outputs:
             dispersion[at] = outputs["log_dispersion"][:, columns].exp().numpy()
         if "zero_logit" in outputs:  # of the gene alone
-            zeros = outputs["zero_logit"][0, columns].sigmoid().numpy()
+            known = outputs["zero_logit"][0].sigmoid().numpy()
+            zeros = np.concatenate([known, np.zeros(len(more), np.float32)])[columns.numpy()]  # an unseen gene has none
         contrast[at], log_var[at] = outputs["depth_mean"].numpy(), outputs["depth_log_var"].numpy()
     area = slide.profiles.area_um2[rows].astype(np.float32)
     log_depth = float(pretrained.reference["slide_log_density"]) + np.log(area) + contrast

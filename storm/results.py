@@ -22,7 +22,8 @@ from storm import checkpoints, files, inference
 from storm.data.tile import decode_tile
 from storm.descriptors import Descriptors
 from storm.export import Pretrained
-from storm.inference import Prediction, Slide
+from storm.inference import Slide
+from storm.prediction import Prediction
 from storm.store import SlideStore
 
 HIRES_PX = 2000  # longest side of the image in uns["spatial"]

@@ -26,6 +26,7 @@ LAYERS = {
     **{f"storm.{name}": "base" for name in BASE},
     **{f"storm.{name}": name for name in ABOVE},
     "storm.card": "export",  # the card that an export carries
+    "storm.prediction": "inference",
     "data_prep": "data_prep",
     "launch": "launch",
 }

@@ -143,6 +143,58 @@ def test_outlines_reach_the_model(slide: Slide, pretrained: export.Pretrained, m
     assert np.abs(apart).max() > 1e-3
 
 
+def test_the_counts_of_some_profiles_are_context_for_the_others(
+    slide: Slide, pretrained: export.Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visible = np.arange(len(slide.profiles)) % 3 == 0
+    hidden = np.flatnonzero(~visible)
+    found = inference.predict(pretrained, slide, rows=hidden, use_counts=visible)
+    assert np.abs(found.composition - inference.predict(pretrained, slide, rows=hidden).composition).max() > 1e-4
+    alone = inference.predict(pretrained, slide, rows=hidden[[7]], use_counts=visible)
+    close(alone.composition, found.composition[[7]])
+    p = slide.profiles
+    owner = np.repeat(np.arange(len(p)), np.diff(p.indptr))
+    for part, moves in ((~visible, False), (visible, True)):
+        count = np.where(part[owner], p.count * 2 + 1, p.count)
+        other = schema.Profiles(p.ids, p.xy_um, p.footprint_um, p.footprint_kind, p.indptr, p.gene, count)
+        changed = Slide(slide.store, other, slide.panel, True, slide.unknown, slide.read)
+        again = inference.predict(pretrained, changed, rows=hidden, use_counts=visible).composition
+        assert np.array_equal(again, found.composition) != moves
+    every = np.ones_like(visible)
+    np.testing.assert_array_equal(
+        inference.embed(pretrained, slide, every), inference.embed(pretrained, slide, use_counts=True)
+    )
+    monkeypatch.setattr(inference, "_CHUNK", 5)
+    close(inference.predict(pretrained, slide, rows=hidden, use_counts=visible).composition, found.composition)
+
+
+def test_context_is_bounded(slide: Slide, pretrained: export.Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "_CONTEXT", 6)
+    every, rows = np.ones(len(slide.profiles), bool), np.arange(len(slide.profiles))
+    asks = list(inference._asks(pretrained, slide, rows, every))
+    assert all(len(ask.rows) <= 6 + ask.wanted.sum() for ask in asks)
+    assert np.array_equal(np.sort(np.concatenate([ask.rows[ask.wanted] for ask in asks])), rows)
+    np.testing.assert_array_equal(inference._spread(rows)[:2], [0, len(rows) // 6])
+
+
+def test_pixels_can_be_withheld(slide: Slide, pretrained: export.Pretrained, tmp_path: Path) -> None:
+    found = inference.vectors(pretrained, slide, "embedding", use_counts=True, use_image=False)
+    repainted = store.SlideStore(untrained.write_store(tmp_path, seed=0))
+    repainted.jpeg = lambda i, own=repainted.jpeg: own(0)  # type: ignore[method-assign, misc]
+    other = Slide(repainted, slide.profiles, slide.panel, True, slide.unknown, slide.read)
+    np.testing.assert_array_equal(inference.vectors(pretrained, other, "embedding", True, False), found)
+    assert np.abs(inference.embed(pretrained, other, True) - inference.embed(pretrained, slide, True)).max() > 1e-3
+    with pytest.raises(ValueError, match="neither pixels nor counts"):
+        inference.vectors(pretrained, slide, "embedding", use_image=False)
+
+
+def test_features_are_of_the_image_encoder_alone(slide: Slide, pretrained: export.Pretrained) -> None:
+    found = inference.vectors(pretrained, slide, "feature")
+    assert found.shape == (len(slide.profiles), 2, 32) and found.std(0).min() > 1e-4
+    close(inference.vectors(pretrained, slide, "feature", use_counts=True), found)
+    close(inference.vectors(pretrained, slide, "feature", rows=np.array([9, 4])), found[[9, 4]])
+
+
 def test_without_counts_a_lattice_is_asked(pretrained: export.Pretrained, tmp_path: Path) -> None:
     bare = inference.prepare(pretrained, store.SlideStore(untrained.write_store(tmp_path, measured=False)))
     assert not bare.measured

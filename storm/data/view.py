@@ -59,8 +59,8 @@ class View:
     token_seed: int | None = None  # of the draw of the tokens among what is visible; None = no draw
 
 
-def plain_view(group: Group, use_counts: bool) -> View:
-    """Nothing varied, every tile encoded, every profile asked; all counts visible, or all hidden."""
+def plain_view(group: Group, use_counts: bool | Mask) -> View:
+    """Nothing varied, every tile encoded, every profile asked; the counts of all, of none, or of some [N] visible."""
     shown = np.full(len(group.profiles), use_counts)
     entry = _entries(group.profiles, shown, None)
     count = group.profiles.count[entry].astype(np.int64)

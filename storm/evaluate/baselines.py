@@ -1,5 +1,5 @@
-"""Baselines that every result stands beside. In: colour features, depths, targets. Out: predictions, in the target's
-unit. numpy and scikit-learn only: a baseline knows nothing of the model.
+"""Baselines that every result stands beside. In: colour features, features of an image encoder, depths, targets. Out:
+predictions, in the target's unit. numpy and scikit-learn only: a baseline knows nothing of the model.
 """
 
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.neural_network import MLPRegressor
@@ -15,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 SHUFFLES = (
     30  # all genes lean on the same few directions of colour: one shuffle's mean correlation has an sd of about .1
 )
+COMPONENTS = 128  # of image features
 ALPHAS = tuple(10.0**k for k in range(-1, 6))
 Floats = npt.NDArray[np.float64]
 
@@ -59,6 +61,7 @@ def ridge_predict(
     test_x: Floats,
     groups: npt.NDArray | None = None,
     alphas: tuple[float, ...] = ALPHAS,
+    standardise: bool = True,
 ) -> Floats:
     """Ridge on standardised features with an intercept; one alpha per target by cross-validation in training.
 
@@ -67,13 +70,14 @@ def ridge_predict(
         test_x: [M, F].
         groups: [N] donor of each training profile: alpha is chosen on held-out donors. Without it, or with one donor
             alone, on five folds of consecutive profiles.
+        standardise: bring every feature to one scale; not for components, whose variances say how much they tell.
 
     Returns:
         [M, K] predictions.
     """
     if groups is None or len(np.unique(groups)) < 2:
         groups = np.arange(len(train_x)) * 5 // len(train_x)
-    scaler = StandardScaler().fit(train_x)
+    scaler = StandardScaler(with_std=standardise).fit(train_x)
     x = scaler.transform(train_x)
     alpha = _choose_alphas(x, train_y, np.asarray(groups), alphas)
     predicted = np.asarray(Ridge(alpha).fit(x, train_y).predict(scaler.transform(test_x)))
@@ -91,6 +95,8 @@ class Inputs:
     fold: npt.NDArray[
         np.int64
     ]  # [N] what is held out to choose a ridge's alpha: the donor, or with one donor the section
+    image: Floats | None = None  # [N, F] what the image encoder gives of a profile, footprint and window
+    image_around: Floats | None = None  # [N, 2 F] with the neighbours' mean
 
 
 def slide_mean(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
@@ -116,24 +122,63 @@ def image_depth(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator
     return [_depth_line(train, y, predicted[:, 0])]
 
 
-def colour_knn(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
-    """Mean of the 20 training profiles of most similar colour."""
-    scaler = StandardScaler().fit(train.colour)
-    nearest = KNeighborsRegressor(min(20, len(y))).fit(scaler.transform(train.colour), y)
-    return [np.asarray(nearest.predict(scaler.transform(test.colour)))]
+def knn_predict(train_x: Floats, y: Floats, test_x: Floats) -> Floats:
+    """Mean of the 20 training profiles of most similar features."""
+    return np.asarray(KNeighborsRegressor(min(20, len(y))).fit(train_x, y).predict(test_x))
 
 
-def colour_mlp(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+def mlp_predict(train_x: Floats, y: Floats, test_x: Floats, rng: np.random.Generator) -> Floats:
     """Two layers of weights, 128 hidden units, all genes at once, stopped on a tenth of the training profiles."""
-    scaler, unit = StandardScaler().fit(train.colour), StandardScaler().fit(y)
+    scaler, unit = StandardScaler().fit(train_x), StandardScaler().fit(y)
     net = MLPRegressor(
         hidden_layer_sizes=(128,), alpha=1e-2, learning_rate_init=3e-3, early_stopping=True, max_iter=2000,
         random_state=int(rng.integers(2**31)),
     )  # fmt: skip
-    net.fit(scaler.transform(train.colour), unit.transform(y))
-    return [
-        np.asarray(unit.inverse_transform(net.predict(scaler.transform(test.colour)).reshape(len(test.colour), -1)))
-    ]
+    net.fit(scaler.transform(train_x), unit.transform(y))
+    return np.asarray(unit.inverse_transform(net.predict(scaler.transform(test_x)).reshape(len(test_x), -1)))
+
+
+def colour_knn(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Mean of the 20 training profiles of most similar colour."""
+    scaler = StandardScaler().fit(train.colour)
+    return [knn_predict(scaler.transform(train.colour), y, scaler.transform(test.colour))]
+
+
+def colour_mlp(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Two layers on colour."""
+    return [mlp_predict(train.colour, y, test.colour, rng)]
+
+
+def components(train_x: Floats | None, test_x: Floats | None) -> tuple[Floats, Floats]:
+    """The first principal components of standardised features, both fitted in training."""
+    assert train_x is not None and test_x is not None, "a method on image features was given none"
+    scaler = StandardScaler().fit(train_x)
+    pca = PCA(min(COMPONENTS, *train_x.shape), random_state=0).fit(scaler.transform(train_x))
+    return np.asarray(pca.transform(scaler.transform(train_x))), np.asarray(pca.transform(scaler.transform(test_x)))
+
+
+def image_ridge(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Ridge on the components of the image encoder's features."""
+    x, asked = components(train.image, test.image)
+    return [ridge_predict(x, y, asked, train.fold, standardise=False)]
+
+
+def image_neighbour_ridge(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Ridge on the components of the image encoder's features and of their mean over the neighbours."""
+    x, asked = components(train.image_around, test.image_around)
+    return [ridge_predict(x, y, asked, train.fold, standardise=False)]
+
+
+def image_knn(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Mean of the 20 training profiles of most similar features."""
+    x, asked = components(train.image, test.image)
+    return [knn_predict(x, y, asked)]
+
+
+def image_mlp(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
+    """Two layers on the components of the image encoder's features."""
+    x, asked = components(train.image, test.image)
+    return [mlp_predict(x, y, asked, rng)]
 
 
 def colour_ridge(train: Inputs, y: Floats, test: Inputs, rng: np.random.Generator) -> list[Floats]:
@@ -165,6 +210,7 @@ class Method:
     name: str
     role: str
     predict: Callable[[Inputs, Floats, Inputs, np.random.Generator], list[Floats]]
+    of_image: bool = False  # reads Inputs.image
 
 
 METHODS = (
@@ -174,6 +220,10 @@ METHODS = (
     Method("colour MLP, 2 layers", "baseline", colour_mlp),
     Method("colour ridge", "baseline", colour_ridge),
     Method("colour ridge + neighbours", "baseline", neighbour_ridge),
+    Method("kNN on image features", "baseline", image_knn, of_image=True),
+    Method("MLP on image features, 2 layers", "baseline", image_mlp, of_image=True),
+    Method("ridge on image features", "baseline", image_ridge, of_image=True),
+    Method("ridge on image features + neighbours", "baseline", image_neighbour_ridge, of_image=True),
     Method("true depth (measured, no image)", "reference", true_depth),
     Method("colour ridge, patches shuffled", "control", shuffled_ridge),
 )

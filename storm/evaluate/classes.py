@@ -52,7 +52,15 @@ def class_table(pretrained: Pretrained, cohort: Cohort, truth_dir: Path, seed: i
         members = kind[columns] == name
         means = {method: float(entry.genes[members].mean()) for method, entry in found.items()}
         classes[name] = {"genes": int(members.sum()), "scores": means, "skill": _skill(means)}
-    return {"target": "lognorm", "methods": list(found), "classes": classes}
+    donors = _by_donor(found[MODEL], cohort.test, kind[columns])
+    return {"target": "lognorm", "methods": list(found), "classes": classes, "model_by_donor": donors}
+
+
+def _by_donor(model: Score, sections: list[Section], kind: npt.NDArray[np.str_]) -> dict[str, list[float]]:
+    """Class -> the model's mean Pearson for each test donor, in the order of their names (which are not told)."""
+    donors = sorted({section.donor for section in sections})
+    member = np.array([[section.donor == donor for section in sections] for donor in donors])
+    return {str(name): [float(model.each[own][:, kind == name].mean()) for own in member] for name in sorted(set(kind))}
 
 
 def _skill(means: dict[str, float]) -> float | None:

@@ -11,6 +11,7 @@ predictions per target:
     residual   log1p(1e4 * composition): no depth, measured or predicted, enters
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from storm import checkpoints, files, inference
 from storm.evaluate import statistics, targets
 from storm.evaluate.baselines import METHODS, Inputs, ridge_predict
-from storm.evaluate.sections import Section, open_section
+from storm.evaluate.sections import Section, open_section, with_neighbours
 from storm.export import Pretrained
 from storm.shards import MANIFEST, ShardSet
 from storm.store import SUFFIX, SlideStore
@@ -82,13 +83,17 @@ def _store(store_dir: Path, name: str, manifest: Mapping[str, Any]) -> SlideStor
     return SlideStore(path)
 
 
-def inputs(sections: list[Section]) -> Inputs:
-    """The sections end to end, as the baselines see them."""
+def inputs(sections: list[Section], image: list[Floats] | None = None) -> Inputs:
+    """The sections end to end, as the baselines see them; `image` [N, F] of each: features of an image encoder."""
     number = np.repeat(np.arange(len(sections)), [len(s.rows) for s in sections])
     donors = sorted({section.donor for section in sections})
     fold = np.array([donors.index(section.donor) for section in sections])[number] if len(donors) > 1 else number
     joined = {name: np.concatenate([getattr(s, name) for s in sections]) for name in ("colour", "around", "log_depth")}
-    return Inputs(**joined, section=number, fold=fold)
+    found = Inputs(**joined, section=number, fold=fold)
+    if image is None:
+        return found
+    around = [with_neighbours(x, section.xy_um) for x, section in zip(image, sections, strict=True)]
+    return dataclasses.replace(found, image=np.concatenate(image), image_around=np.concatenate(around))
 
 
 def model_predictions(pretrained: Pretrained, cohort: Cohort, gene_ids: list[str]) -> dict[str, list[Floats]]:
@@ -106,55 +111,88 @@ def model_predictions(pretrained: Pretrained, cohort: Cohort, gene_ids: list[str
 
 @dataclass(frozen=True)
 class Score:
-    """One method in one column: the mean over genes and sections, its bootstrap replicates [R], and per gene [K]."""
+    """One method in one column: the mean over genes and sections, its bootstrap replicates [R], and [S, K] each."""
 
     value: float
     replicates: Floats
-    genes: Floats
+    each: Floats
+
+    @property
+    def genes(self) -> Floats:
+        """[K] means over the sections."""
+        return np.asarray(self.each.mean(0))
+
+    def minus(self, other: "Score") -> "Score":
+        """The difference, paired over genes, sections and drawn blocks."""
+        return Score(self.value - other.value, self.replicates - other.replicates, self.each - other.each)
 
     def json(self) -> dict[str, float]:
         """Value and 95 % interval."""
-        found = statistics.interval(self.value, self.replicates)
-        return {"value": found.value, "low": found.low, "high": found.high}
+        return statistics.interval(self.value, self.replicates).json()
 
 
 def score(predicted: list[list[Floats]], measured: list[Floats], sections: list[Section], seed: int) -> Score:
     """Score predictions [draws][sections] of [N, K]; several draws (of a control) are averaged."""
-    genes, replicates = [], []
+    each, replicates = [], []
     for draw in predicted:
         for values, truth, section in zip(draw, measured, sections, strict=True):
-            genes.append(statistics.pearson(values, truth))
+            each.append(statistics.pearson(values, truth))
             replicates.append(statistics.bootstrap(values, truth, statistics.blocks(section.xy_um), seed).mean(1))
-    per_gene = np.mean(genes, axis=0)
-    return Score(float(per_gene.mean()), np.mean(replicates, axis=0), per_gene)
+    per_section = np.reshape(each, (len(predicted), len(sections), -1)).mean(0)
+    return Score(float(per_section.mean()), np.mean(replicates, axis=0), per_section)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model sees of the sections of a cohort, from pixels alone: (train, test) [N, D] of each section."""
+
+    embedding: tuple[list[Floats], list[Floats]]
+    image: tuple[list[Floats], list[Floats]]  # its image encoder's features of footprint and window
+
+
+def see(pretrained: Pretrained, cohort: Cohort) -> Seen:
+    """Embeddings and image features of a cohort."""
+    embedding, image = (
+        (read(pretrained, cohort, name, cohort.train), read(pretrained, cohort, name, cohort.test))
+        for name in ("embedding", "feature")
+    )
+    return Seen(embedding, image)
+
+
+def read(
+    pretrained: Pretrained, cohort: Cohort, name: str, sections: list[Section], use_counts: bool = False,
+    use_image: bool = True,
+) -> list[Floats]:  # fmt: skip
+    """One of the model's outputs for the profiles of each section, [N, D]; see `inference.vectors`."""
+    found = []
+    for section in sections:
+        slide = inference.prepare(pretrained, cohort.stores[section.slide_id])
+        values = inference.vectors(pretrained, slide, name, use_counts, use_image, section.rows)
+        found.append(values.reshape(len(values), -1).astype(np.float64))
+    return found
 
 
 def baseline_scores(
-    cohort: Cohort, name: str, columns: npt.NDArray[np.int64], seed: int, features: tuple[Floats, Floats] | None = None
+    cohort: Cohort, name: str, columns: npt.NDArray[np.int64], seed: int, seen: Seen | None = None
 ) -> dict[str, Score]:
-    """Every baseline of METHODS on one target and one choice of genes, and the ridge on `features` (train, test)."""
-    train, test = inputs(cohort.train), inputs(cohort.test)
+    """Every baseline of METHODS on one target and one choice of genes; with `seen` those on what a model sees too."""
+    images = seen.image if seen else (None, None)
+    train, test = inputs(cohort.train, images[0]), inputs(cohort.test, images[1])
     truth = {id(s): targets.target(name, s.counts[:, columns], s.depth) for s in cohort.train + cohort.test}
     y = np.concatenate([truth[id(section)] for section in cohort.train])
     measured = [truth[id(section)] for section in cohort.test]
     ends = np.cumsum([len(section.rows) for section in cohort.test])[:-1]
     found = {}
     for i, method in enumerate(METHODS):
+        if method.of_image and not seen:
+            continue
         draws = method.predict(train, y, test, np.random.default_rng([seed, i]))
         found[method.name] = score([np.split(d, ends) for d in draws], measured, cohort.test, seed)
-    if features:
-        probed = ridge_predict(features[0], y, features[1], train.fold)
+    if seen:
+        embedded, asked = (np.concatenate(part) for part in seen.embedding)
+        probed = ridge_predict(embedded, y, asked, train.fold)
         found[PROBE] = score([np.split(probed, ends)], measured, cohort.test, seed)
     return found
-
-
-def embeddings(pretrained: Pretrained, cohort: Cohort, sections: list[Section]) -> Floats:
-    """[N, D] of the profiles of some sections, end to end, from pixels alone."""
-    found = []
-    for section in sections:
-        slide = inference.prepare(pretrained, cohort.stores[section.slide_id])
-        found.append(inference.embed(pretrained, slide, use_counts=False, rows=section.rows))
-    return np.concatenate(found).astype(np.float64)
 
 
 def gene_rules(cohort: Cohort) -> dict[str, npt.NDArray[np.int64]]:
@@ -168,21 +206,20 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str,
     rules = gene_rules(cohort)
     asked = np.unique(np.concatenate(list(rules.values())))  # one forward pass serves both rules
     predicted = model_predictions(pretrained, cohort, [cohort.gene_ids[i] for i in asked])
-    features = embeddings(pretrained, cohort, cohort.train), embeddings(pretrained, cohort, cohort.test)
+    seen = see(pretrained, cohort)
     roles = {MODEL: "model", PROBE: "baseline"} | {method.name: method.role for method in METHODS}
     scores: dict[str, dict[str, Any]] = {}
     versus: dict[str, dict[str, Any]] = {}
     for name, rule in targets.COLUMNS:
         column = f"{name}/{rule}"
-        found = baseline_scores(cohort, name, rules[rule], seed, features)
+        found = baseline_scores(cohort, name, rules[rule], seed, seen)
         measured = [targets.target(name, s.counts[:, rules[rule]], s.depth) for s in cohort.test]
         place = np.searchsorted(asked, rules[rule])
         model = score([[values[:, place] for values in predicted[name]]], measured, cohort.test, seed)
         for method, entry in [(MODEL, model), *found.items()]:
             scores.setdefault(method, {})[column] = entry.json()
         best = max((method for method in found if roles[method] == "baseline"), key=lambda m: found[m].value)
-        gain = Score(model.value - found[best].value, model.replicates - found[best].replicates, model.genes)
-        versus[column] = {"baseline": best, **gain.json()}
+        versus[column] = {"baseline": best, **model.minus(found[best]).json()}
     return {
         **provenance(pretrained, cohort, seed),
         "columns": [f"{name}/{rule}" for name, rule in targets.COLUMNS],
@@ -192,11 +229,13 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str,
     }
 
 
-def provenance(pretrained: Pretrained, cohort: Cohort, seed: int) -> dict[str, Any]:
-    """What every figure of this protocol carries with it; counts, never a donor or a slide."""
+def provenance(
+    pretrained: Pretrained, cohort: Cohort, seed: int, protocol: str = PROTOCOL, shown: str = "H&E only"
+) -> dict[str, Any]:
+    """What every figure of a protocol carries with it; counts, never a donor or a slide."""
     sides = {name: _sizes(sections) for name, sections in (("train", cohort.train), ("test", cohort.test))}
     return {
-        "protocol": PROTOCOL, "input": "H&E only", "split_by": cohort.split_by, "seed": seed, "data": sides,
+        "protocol": protocol, "input": shown, "split_by": cohort.split_by, "seed": seed, "data": sides,
         "shards_sha256": cohort.shards_hash, "model_hash": pretrained.hash,
         "model_trained_on_these_shards": pretrained.data["shards_hash"] == cohort.shards_hash,
         "model_code": pretrained.code_version, "code": checkpoints.code_version(),

@@ -1,23 +1,26 @@
 """The report of an evaluation: tables, figures and the plain values behind them, in one folder, complete or absent.
 
 report.md          what a reader wants first; embeds the tables and figures
-evaluation.json    every value, with protocol, hashes, seed and intervals
+evaluation.json    every value, with protocol, hashes, seed and intervals; protocols other than 2 under `protocols`
 table.csv table.md protocol 2; classes.csv classes.md for synthetic tissue
 loss_curve.png     of the run
 gene_map.png       genes of highest variance on the largest held-out section
 """
 
 import csv
+import functools
 import io
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from storm import files, inference, results
-from storm.evaluate import figures, targets
+from storm.evaluate import figures, protocols, targets
 from storm.evaluate.classes import class_table
 from storm.evaluate.expression import Cohort, evaluate, gene_rules, open_cohort
 from storm.export import Pretrained, load
@@ -43,6 +46,8 @@ sections). Columns are target/gene rule; they are not comparable with each other
 * *var*: the {genes[var]} genes of highest variance among the 1,000 of highest mean.
 * *binned*: the {genes[binned]} of highest dispersion within 20 bins of mean; many of them are seen in few profiles.
   Both rules look at training sections alone.
+* *image features*: what the model's own image encoder gives of footprint and window before anything else of the model,
+  128 principal components fitted in training. A frozen encoder has never seen expression, a trained one has.
 
 {table}
 
@@ -54,43 +59,93 @@ sections). Columns are target/gene rule; they are not comparable with each other
 _CLASSES = """Classes: a visible by colour and density; b visible by texture or arrangement alone; c niche, 100-250 um
 away; d spatial fields of expression alone; e noise and donor, where every method must be near 0.
 skill = (model - colour ridge) / (oracle - colour ridge): 0 is what colour gives, 1 all that can be known."""
+_FOREIGN = "**The model was not trained on these shards.** Whether it has seen these sections is not known."
+_SIDE = "{sections} sections of {donors} donors, {profiles} profiles"
 _PROVENANCE = ("protocol", "input", "split_by", "seed", "model_hash", "shards_sha256", "model_code", "code")
 
 
-def write(
-    model: Path,
-    store_dir: Path,
-    shards_dir: Path,
-    truth_dir: Path | None,
-    run_dir: Path | None,
-    out: Path,
-    seed: int = 0,
-) -> str:
+@dataclass(frozen=True)
+class Sources:
+    """What an evaluation reads: an export, stores, the shard set that split them; and where there are any, the truth of
+    synthetic tissue, labels of domains (<slide>.csv), and the run."""
+
+    model: Path
+    stores: Path
+    shards: Path
+    truth: Path | None = None
+    labels: Path | None = None
+    run: Path | None = None
+
+
+def write(sources: Sources, out: Path, names: Sequence[str] = (protocols.EXPRESSION,), seed: int = 0) -> str:
     """Evaluate an export, write the report to the folder `out` (replacing a report), and return its tables as text.
+
+    Args:
+        names: of protocols.NAMES, in the report's order.
 
     Raises:
         ValueError: naming file, fact and cure; nothing is then written.
     """
     if out.exists() and not (out / VALUES).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is no report ({VALUES} is absent); choose another folder")
-    lines = read_log(run_dir) if run_dir else []
-    pretrained = load(model)
-    cohort = open_cohort(pretrained, store_dir, shards_dir)
-    values = evaluate(pretrained, cohort, seed)
-    if truth_dir:
-        values["gene_classes"] = class_table(pretrained, cohort, truth_dir, seed)
+    protocols.check(names)
+    lines = read_log(sources.run) if sources.run else []
+    pretrained = load(sources.model)
+    cohort = open_cohort(pretrained, sources.stores, sources.shards)
+    values: dict[str, Any] = {}
+    if protocols.EXPRESSION in names:
+        classes = class_table(pretrained, cohort, sources.truth, seed) if sources.truth else None
+        values = evaluate(pretrained, cohort, seed) | ({"gene_classes": classes} if classes else {})
+    if others := [name for name in names if name != protocols.EXPRESSION]:
+        run = functools.partial(protocols.run, pretrained, cohort, seed, sources.truth, sources.labels)
+        values["protocols"] = {name: run(name) for name in others}
     with files.replacing_folder(out) as folder:
+        _fill(folder, values, lines, pretrained, cohort)
+    return "\n\n".join([*_printed(values), f"{out / 'report.md'}"])
+
+
+def _fill(
+    folder: Path, values: dict[str, Any], lines: list[dict[str, Any]], pretrained: Pretrained, cohort: Cohort
+) -> None:
+    """Write every file of the report."""
+    parts = []
+    if "columns" in values:
         if lines:
             figures.loss_curve(lines, folder / "loss_curve.png")
         draw_genes(pretrained, cohort, folder / "gene_map.png")
         _tables(values, folder)
-        text = report_text(values, bool(lines))
-        (folder / "report.md").write_text(text, encoding="utf-8")
-        (folder / VALUES).write_bytes(files.dump_json(values))
-    parts = [_split_line(values), score_table(values), _versus(values)]
-    if truth_dir:
+        parts.append(report_text(values, bool(lines)))
+    parts += [protocol_text(name, of) for name, of in values.get("protocols", {}).items()]
+    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    (folder / VALUES).write_bytes(files.dump_json(values))
+
+
+def _printed(values: dict[str, Any]) -> list[str]:
+    """The tables as text, the expression protocol's first."""
+    parts = [_split_line(values), score_table(values), _versus(values)] if "columns" in values else []
+    if "gene_classes" in values:
         parts.append(class_rows(values["gene_classes"]))
-    return "\n\n".join([part for part in parts if part] + [f"{out / 'report.md'}"])
+    for name, of in values.get("protocols", {}).items():
+        parts.append(f"## Protocol {of['protocol']}\n\n{protocols.text(name, of)}")
+    return [part for part in parts if part]
+
+
+def protocol_text(name: str, values: dict[str, Any]) -> str:
+    """The section of report.md of a protocol other than 2: what was tested on whom, the tables, the provenance."""
+    parts = [f"# Report: protocol {values['protocol']}"]
+    if "skipped" not in values:
+        parts += [line] if (line := _split_line(values)) else []
+        parts += [] if values["model_trained_on_these_shards"] else [_FOREIGN]
+        data = {side: _SIDE.format(**sizes) for side, sizes in values["data"].items()}
+        parts.append(f"Input of the model: {values['input']}. Test: {data['test']}; training: {data['train']}.")
+    parts.append(protocols.text(name, values))
+    if "skipped" not in values:
+        parts += ["## Provenance", _provenance(values)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _provenance(values: dict[str, Any]) -> str:
+    return markdown(["", ""], [[key, clean(values[key])] for key in _PROVENANCE])
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
@@ -231,11 +286,11 @@ def report_text(values: dict[str, Any], curve: bool) -> str:
     loss = "## Training\n\n![loss by step](loss_curve.png)\n\n" if curve else ""
     trained = ""
     if not values["model_trained_on_these_shards"]:
-        trained = "**The model was not trained on these shards.** Whether it has seen these sections is not known.\n\n"
+        trained = f"{_FOREIGN}\n\n"
     return _REPORT.format(
         protocol=values["protocol"], split=f"{line}\n\n" if (line := _split_line(values)) else "", trained=trained,
         input=values["input"], test=values["data"]["test"], train=values["data"]["train"], genes=values["genes"],
         replicates=values["bootstrap"]["replicates"], block_um=values["bootstrap"]["block_um"],
         table=score_table(values), versus=_versus(values), classes=classes, figures=f"\n{drawn}{loss}",
-        provenance=markdown(["", ""], [[key, clean(values[key])] for key in _PROVENANCE]),
+        provenance=_provenance(values),
     )  # fmt: skip

@@ -4,6 +4,7 @@ In: slide stores. Out: `Section`s over one list of genes. A patch is a square of
 from the stored tiles whatever their geometry.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ Floats = npt.NDArray[np.float64]
 PATCH_UM = 112.0
 _CACHED_TILES = 256
 _AT_ONCE = 64  # patches
+_PER_PROFILE = ("rows", "xy_um", "counts", "depth", "colour", "around")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,13 @@ class Section:
     def log_depth(self) -> Floats:
         """[N] natural log of the depth."""
         return np.log(self.depth.astype(np.float64))
+
+
+def take(section: Section, keep: npt.NDArray) -> Section:
+    """The profiles of a section at `keep` (rows or a mask); their colours stay as they were read."""
+    rows = np.arange(len(section.rows))[keep]
+    parts = {name: getattr(section, name)[rows] for name in _PER_PROFILE}
+    return dataclasses.replace(section, ids=[section.ids[i] for i in rows], **parts)
 
 
 def patches(store: SlideStore, xy_um: Floats, side_um: float = PATCH_UM) -> npt.NDArray[np.uint8]:

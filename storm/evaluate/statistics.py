@@ -1,8 +1,8 @@
-"""Pearson within a slide, and intervals from a bootstrap of spatial blocks.
+"""Pearson within a slide, and intervals from a bootstrap of spatial blocks, or of donors.
 
 In: predictions and measurements [N, K] of the sections of a test set, and where the profiles lie. Out: one figure per
 gene, their mean, and its interval. A block is resampled as a whole, because neighbouring profiles are no independent
-draws.
+draws; two ways of training are compared over donors, and over the seeds they were trained with.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,10 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def json(self) -> dict[str, float]:
+        """Plain values."""
+        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 def blocks(xy_um: Floats, side_um: float = BLOCK_UM, least: int = 8) -> npt.NDArray[np.int64]:
@@ -75,13 +79,56 @@ def bootstrap(
     The draws depend on (seed, number of blocks) alone, so two methods on one section can be compared pair by pair.
     """
     sums = _moments(predicted, measured, block)
-    number = sums.shape[1]
-    rng = np.random.default_rng([seed, number])
-    weight = rng.multinomial(number, np.full(number, 1 / number), size=replicates).astype(np.float64)
+    weight = block_weights(block, seed, replicates)
     return _pearson_of(np.einsum("rb,sbk->srk", weight, sums, optimize=True))
+
+
+def block_weights(block: npt.NDArray[np.int64], seed: int, replicates: int = REPLICATES) -> Floats:
+    """[replicates, blocks] how often each block is drawn; the same for any two methods on one section."""
+    number = int(block.max()) + 1
+    rng = np.random.default_rng([seed, number])
+    return rng.multinomial(number, np.full(number, 1 / number), size=replicates).astype(np.float64)
+
+
+def block_means(values: Floats, block: npt.NDArray[np.int64], seed: int, replicates: int = REPLICATES) -> Floats:
+    """[replicates] means of `values` [N] of one section with its blocks drawn with replacement."""
+    weight = block_weights(block, seed, replicates)
+    return np.asarray(weight @ np.bincount(block, values) / (weight @ np.bincount(block)))
+
+
+def donor_bootstrap(first: Floats, second: Floats, seed: int, replicates: int = REPLICATES) -> list[Interval]:
+    """Per class, the mean difference first - second of two arms and its 95 % interval.
+
+    Args:
+        first, second: [seeds, donors, classes] scores. The donors are the same in both arms and are drawn together;
+            each arm's trainings (its seeds, whose number may differ) are drawn on their own.
+
+    Raises:
+        ValueError: fewer than two donors, or donors or classes that do not fit.
+    """
+    if first.shape[1:] != second.shape[1:] or first.ndim != 3 or first.shape[1] < 2:
+        raise ValueError(
+            f"scores {first.shape} and {second.shape}: give [seeds, donors, classes] of the same two or more donors"
+        )
+    rng = np.random.default_rng([seed, 7])
+    donors = rng.integers(0, first.shape[1], (replicates, first.shape[1]))
+    drawn = []
+    for arm in (first, second):
+        runs = rng.integers(0, len(arm), (replicates, len(arm)))
+        mean_RDC = arm[runs].mean(1)
+        drawn.append(np.take_along_axis(mean_RDC, donors[..., None], axis=1).mean(1))
+    value = first.mean((0, 1)) - second.mean((0, 1))
+    return [interval(v, d) for v, d in zip(value, (drawn[0] - drawn[1]).T, strict=True)]
 
 
 def interval(value: float, replicates: Floats) -> Interval:
     """A figure with the 2.5 and 97.5 percentiles of its replicates [R]."""
     low, high = np.percentile(replicates, [2.5, 97.5])
     return Interval(float(value), float(low), float(high))
+
+
+def told(entry: dict[str, float] | None, sign: str = "") -> str:
+    """An interval's plain values as text, or a dash where there is none."""
+    if entry is None:
+        return "-"
+    return f"{entry['value']:{sign}.3f} [{entry['low']:{sign}.3f}, {entry['high']:{sign}.3f}]"

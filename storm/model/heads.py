@@ -78,10 +78,9 @@ class Decoder(nn.Module):
             found["lognorm"] = torch.log1p(LOGNORM_SCALE * log_composition.exp())
         return found
 
-    def unseen(
-        self, h_RND: Tensor, rows_UE: Tensor, rows_KE: Tensor, batch: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """As `forward`, [R, N, U], of genes outside the vocabulary, whose rows their descriptors alone have made.
+    def unseen(self, h_RND: Tensor, rows_UE: Tensor, rows_KE: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`log_composition` and, where the likelihood has it, `log_dispersion`, [R, N, U], of genes outside the
+        vocabulary, whose rows their descriptors alone have made.
 
         What else a table holds of a gene is its mean over `batch["genes"]`, of rows `rows_KE`. Z is theirs too: an
         unseen gene is told as a share of what they sum to.
@@ -89,7 +88,10 @@ class Decoder(nn.Module):
         bias_RK = self._bias(batch)
         log_z_RN = log_partition(self._score(h_RND, rows_KE, bias_RK), batch["gene_weight"])
         score_RNU = self._score(h_RND, rows_UE, bias_RK.mean(1, keepdim=True))
-        return score_RNU - log_z_RN[..., None], self._log_dispersion(batch).mean(-1, keepdim=True).expand_as(score_RNU)
+        found = {"log_composition": score_RNU - log_z_RN[..., None]}
+        if self.likelihood in ("nb", "zinb"):
+            found["log_dispersion"] = self._log_dispersion(batch).mean(-1, keepdim=True).expand_as(score_RNU)
+        return found
 
     def _bias(self, batch: dict[str, Tensor]) -> Tensor:
         """[R, K], of each gene and of it on the region's platform."""

@@ -137,9 +137,9 @@ class Storm(nn.Module):
         }
 
     @torch.no_grad()
-    def unseen(self, h_RND: Tensor, batch: dict[str, Tensor], descriptor_UC: Tensor) -> tuple[Tensor, Tensor]:
-        """log composition and log dispersion [R, N, U] of genes outside the vocabulary, of profiles with the
-        embeddings `h_RND`; their descriptors as the user's table has them. See `Decoder.unseen`."""
+    def unseen(self, h_RND: Tensor, batch: dict[str, Tensor], descriptor_UC: Tensor) -> dict[str, Tensor]:
+        """What is expected of genes outside the vocabulary, of profiles with the embeddings `h_RND`; their descriptors
+        as the user's table has them. See `Decoder.unseen`."""
         rows_UE = self.genes.describe((descriptor_UC - self.genes.centre) / self.genes.scale)
         return self.decoder.unseen(h_RND, rows_UE, self.genes(batch["genes"]), batch)
 

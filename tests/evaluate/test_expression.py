@@ -92,12 +92,38 @@ def test_baselines_find_what_is_there_and_the_control_does_not() -> None:
 
 def test_no_baseline_but_the_reference_looks_at_test_depth_and_none_at_test_counts() -> None:
     cohort = _cohort()
-    train, test = expression.inputs(cohort.train), expression.inputs(cohort.test)
+    train, test = (expression.inputs(part, [s.colour for s in part]) for part in (cohort.train, cohort.test))
     y = np.concatenate([targets.lognorm(s.counts, s.depth) for s in cohort.train])
-    other = baselines.Inputs(test.colour, test.around, test.log_depth[::-1], test.section, test.fold)
+    other = dataclasses.replace(test, log_depth=test.log_depth[::-1])
     for method in baselines.METHODS:
         first, second = (method.predict(train, y, t, np.random.default_rng(0))[0] for t in (test, other))
         assert np.array_equal(first, second) == (method.role != "reference"), method.name
+
+
+def test_image_features_are_told_from_colour() -> None:
+    """Features that hold what drives the genes, seen through a random mixture, and colour that holds nothing."""
+    rng = np.random.default_rng(3)
+    cohort = _cohort()
+    mix = rng.normal(size=(1, 40))
+    image = [
+        [s.colour[:, :1] @ mix + 0.1 * rng.normal(size=(len(s.rows), 40)) for s in part]
+        for part in (cohort.train, cohort.test)
+    ]
+    blind = [
+        [dataclasses.replace(s, colour=rng.normal(size=s.colour.shape), around=rng.normal(size=s.around.shape))
+         for s in part] for part in (cohort.train, cohort.test)
+    ]  # fmt: skip
+    cohort = dataclasses.replace(cohort, train=blind[0], test=blind[1])
+    found = expression.baseline_scores(
+        cohort, "lognorm", np.arange(60), 0, expression.Seen((image[0], image[1]), (image[0], image[1]))
+    )
+    driven = np.arange(60) % 3 > 0
+    for method in baselines.METHODS:
+        if method.of_image:
+            assert found[method.name].genes[driven].mean() > 0.5, method.name
+    assert abs(found["colour ridge"].value) < 0.1
+    best, worst = found["ridge on image features"], found["colour ridge"]
+    assert best.minus(worst).json()["low"] > 0 and best.minus(worst).genes.shape == (60,)
 
 
 def test_scores_are_reproducible() -> None:

@@ -34,7 +34,7 @@ def written(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:  # fmt: skip
     out = tmp_path_factory.mktemp("report") / "report"
-    report.write(model, tiny_store, tiny_shards, synthetic_tiny / "truth", run, out)
+    report.write(report.Sources(model, tiny_store, tiny_shards, synthetic_tiny / "truth", run=run), out)
     return out
 
 
@@ -52,7 +52,7 @@ def test_the_table_holds_every_method_in_every_column(written: Path) -> None:
     rows = list(csv.DictReader((written / "table.csv").open()))
     columns = {"lognorm/var", "raw/var", "residual/var", "lognorm/binned"}
     methods = {row["method"] for row in rows}
-    assert len(methods) == 10 and len(rows) == 40 and {row["column"] for row in rows} == columns
+    assert len(methods) == 14 and len(rows) == 56 and {row["column"] for row in rows} == columns
     assert all(float(row["low"]) <= float(row["high"]) for row in rows)
     values = files.read_json(written / "evaluation.json")
     assert values["model_trained_on_these_shards"] is True
@@ -63,7 +63,10 @@ def test_the_table_holds_every_method_in_every_column(written: Path) -> None:
 
 
 def test_gene_classes_lie_between_control_and_oracle(written: Path) -> None:
-    classes = files.read_json(written / "evaluation.json")["gene_classes"]["classes"]
+    values = files.read_json(written / "evaluation.json")["gene_classes"]
+    classes = values["classes"]
+    for name, donors in values["model_by_donor"].items():
+        assert len(donors) == 1 and donors[0] == pytest.approx(classes[name]["scores"][values["methods"][0]])
     assert sorted(classes) == ["a", "b", "c", "d", "e"]
     for name in "abcd":
         scores = classes[name]["scores"]
@@ -84,7 +87,7 @@ def test_no_donor_slide_or_path_is_told(written: Path, tiny_shards: Path, synthe
 def test_the_same_evaluation_writes_the_same_bytes(
     written: Path, model: Path, run: Path, tiny_store: Path, tiny_shards: Path, synthetic_tiny: Path, tmp_path: Path
 ) -> None:
-    report.write(model, tiny_store, tiny_shards, synthetic_tiny / "truth", run, tmp_path / "again")
+    report.write(report.Sources(model, tiny_store, tiny_shards, synthetic_tiny / "truth", run=run), tmp_path / "again")
     for path in written.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
@@ -129,14 +132,14 @@ def test_what_is_no_report_is_not_replaced(model: Path, tiny_store: Path, tiny_s
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("x")
     with pytest.raises(ValueError, match="is no report"):
-        report.write(model, tiny_store, tiny_shards, None, None, tmp_path / "mine")
+        report.write(report.Sources(model, tiny_store, tiny_shards), tmp_path / "mine")
 
 
 def test_wrong_folders_are_named(model: Path, tiny_store: Path, tiny_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"log\.jsonl: no such log"):
-        report.write(model, tiny_store, tiny_shards, None, tmp_path, tmp_path / "out")
+        report.write(report.Sources(model, tiny_store, tiny_shards, run=tmp_path), tmp_path / "out")
     with pytest.raises(ValueError, match="no truth of this slide"):
-        report.write(model, tiny_store, tiny_shards, tmp_path, None, tmp_path / "out")
+        report.write(report.Sources(model, tiny_store, tiny_shards, tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -151,4 +154,4 @@ def test_a_changed_store_is_refused(model: Path, tiny_store: Path, tiny_shards: 
     with victim.open("ab") as handle:
         handle.write(b"\0")
     with pytest.raises(ValueError, match=f"{victim.name}: not the store that was packed"):
-        report.write(model, tmp_path, tiny_shards, None, None, tmp_path / "out")
+        report.write(report.Sources(model, tmp_path, tiny_shards), tmp_path / "out")

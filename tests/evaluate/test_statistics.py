@@ -56,3 +56,26 @@ def test_intervals_of_smooth_fields_are_wider_than_those_of_noise() -> None:
         return found.high - found.low
 
     assert width(field) > 2.5 * width(noise)
+
+
+def test_block_means_are_means_over_drawn_blocks() -> None:
+    block, values = np.repeat(np.arange(5), [3, 1, 4, 2, 5]), np.random.default_rng(2).normal(size=15)
+    found = statistics.block_means(values, block, seed=1, replicates=4)
+    for mean, weight in zip(found, statistics.block_weights(block, 1, 4), strict=True):
+        rows = np.concatenate([np.tile(np.flatnonzero(block == b), int(w)) for b, w in enumerate(weight)])
+        assert mean == pytest.approx(values[rows].mean())
+
+
+def test_the_donor_bootstrap_finds_a_difference_that_all_donors_share() -> None:
+    rng = np.random.default_rng(0)
+    donor = rng.normal(0, 1, (1, 6, 1))  # what one donor is worth is the same in both arms
+    first = donor + np.array([0.3, 0.0]) + rng.normal(0, 0.02, (3, 6, 2))
+    second = donor + rng.normal(0, 0.02, (4, 6, 2))
+    better, equal = statistics.donor_bootstrap(first, second, seed=0)
+    assert better.value == pytest.approx(first[..., 0].mean() - second[..., 0].mean())
+    assert 0.2 < better.low < better.value < better.high < 0.4
+    assert equal.low < 0 < equal.high
+    uneven = statistics.donor_bootstrap(first + rng.normal(0, 1, (1, 6, 2)), second, seed=0)
+    assert uneven[0].high - uneven[0].low > 5 * (better.high - better.low)
+    with pytest.raises(ValueError, match="same two or more donors"):
+        statistics.donor_bootstrap(first[:, :1], second[:, :1], 0)

@@ -331,7 +331,7 @@ def regression(informative: bool) -> tuple[float, float]:
         optimizer.step()
     batch["gene_kept"] = torch.ones(110, dtype=torch.bool)
     out = {name: x.detach() for name, x in model(batch).items()}
-    asked, _ = model.unseen(out["embedding"], batch, table_G2[held])
+    asked = model.unseen(out["embedding"], batch, table_G2[held])["log_composition"]
     found = [asked[:, 0], out["log_composition"][:, 0]]
     true = [log_share_RG[:, held], log_share_RG[:, known]]
     unseen, seen = (

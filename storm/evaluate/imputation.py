@@ -1,0 +1,234 @@
+"""Protocol 4, imputation: a share of a section's profiles is visible with its counts, the rest is asked.
+
+In: an export, a cohort. Out: a table (plain values, for JSON), by share and by distance to the nearest visible profile.
+
+The visible profiles are drawn at random over the section, keyed by (seed, slide, share). The model is shown the pixels
+and their counts; visible profiles are context in every region that holds them. Target lognorm, genes by rule `var`,
+Pearson per gene within the section over the asked profiles. Beside it: inverse distance, ordinary kriging, and ridges
+on the image whose residual is kriged; powers, ranges and nuggets are chosen per gene on training sections hidden alike.
+
+A visible profile nearer than a tile's width shares pixels with what is asked. So each score is also given over the
+asked profiles that have none so near (column `beyond a tile`).
+"""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import spatial
+
+from storm import inference
+from storm.evaluate import interpolation, targets
+from storm.evaluate.baselines import components, ridge_predict
+from storm.evaluate.expression import Cohort, Score, gene_rules, inputs, provenance, read, score
+from storm.evaluate.interpolation import Case
+from storm.evaluate.sections import Section, take
+from storm.evaluate.statistics import told
+from storm.export import Pretrained
+from storm.markdown import table
+from storm.regions import slide_key
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+PROTOCOL = "4, imputation of hidden profiles"
+SHARES = (0.05, 0.5)
+MODEL = "STORM (this project), H&E and visible counts"
+REFERENCES = {
+    "STORM (this project), H&E only": (False, True),
+    "STORM (this project), visible counts only": (True, False),
+}
+LEAST_VISIBLE, LEAST_ASKED = 3, 20  # profiles of a section; a bin with fewer asked ones is left out
+BINS = (0.0, 1.0, 2.0, 4.0, np.inf)  # tile widths to the nearest visible profile
+
+_ABOUT = """Target lognorm, {genes} genes of rule var, Pearson per gene within a section over the asked profiles. The
+visible profiles are drawn at random over the section. *beyond a tile*: the asked profiles without a visible one nearer
+than a tile's width, whose pixels nothing visible shares; the last columns: by distance to the nearest visible profile.
+Powers, ranges and nuggets of the baselines were chosen per gene on training sections that were hidden alike."""
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A section of which some profiles are visible; `distance_um` [M] of the asked ones to the nearest visible one."""
+
+    section: Section
+    visible: Mask  # [N]
+    distance_um: Floats
+
+    @property
+    def asked(self) -> Section:
+        return take(self.section, ~self.visible)
+
+
+def hide(section: Section, share: float, seed: int) -> Hidden:
+    """Draw the visible profiles of a section."""
+    rng = np.random.default_rng([seed, slide_key(section.slide_id), round(1000 * share)])
+    n = len(section.rows)
+    visible = np.zeros(n, bool)
+    visible[rng.permutation(n)[: max(LEAST_VISIBLE, round(share * n))]] = True
+    distance_um = spatial.KDTree(section.xy_um[visible]).query(section.xy_um[~visible])[0]
+    return Hidden(section, visible, distance_um)
+
+
+def _case(hidden: Hidden, values: Floats) -> Case:
+    xy_um, visible = hidden.section.xy_um, hidden.visible
+    return Case(xy_um[visible], xy_um[~visible], values[visible], values[~visible])
+
+
+def _out_of_fold(x: Floats, y: Floats, fold: npt.NDArray[np.int64], standardise: bool) -> Floats:
+    """[N, K] ridge predictions of training profiles by the other folds, as they will be for test profiles."""
+    if len(np.unique(fold)) < 2:
+        fold = np.arange(len(x)) * 5 // len(x)
+    found = np.empty_like(y)
+    for held in np.unique(fold):
+        own = fold == held
+        found[own] = ridge_predict(x[~own], y[~own], x[own], fold[~own], standardise=standardise)
+    return found
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What no share changes, (train, test): sections, their values [N, K] and ridge predictions of these."""
+
+    sections: tuple[list[Section], list[Section]]
+    values: tuple[list[Floats], list[Floats]]
+    ridges: dict[str, tuple[list[Floats], list[Floats]]]  # of training sections out of fold
+
+
+def prepare(pretrained: Pretrained, cohort: Cohort, columns: npt.NDArray[np.int64]) -> Ground:
+    """Values of the chosen genes, and the ridges on colour and on image features."""
+    sections = cohort.train, cohort.test
+    train, test = (inputs(part, read(pretrained, cohort, "feature", part)) for part in sections)
+    y = [[targets.lognorm(s.counts[:, columns], s.depth) for s in part] for part in sections]
+    joined, ends = np.concatenate(y[0]), [np.cumsum([len(s.rows) for s in part])[:-1] for part in sections]
+    ridges = {}
+    for name, x, asked, unit in (
+        ("colour ridge", train.around, test.around, True),
+        ("ridge on image features", *components(train.image_around, test.image_around), False),
+    ):
+        own = _out_of_fold(x, joined, train.fold, unit)
+        others = ridge_predict(x, joined, asked, train.fold, standardise=unit)
+        ridges[name] = (np.split(own, ends[0]), np.split(others, ends[1]))
+    return Ground(sections, (y[0], y[1]), ridges)
+
+
+def baselines(ground: Ground, train: list[Hidden], test: list[Hidden]) -> dict[str, list[Floats]]:
+    """Name -> predictions [M, K] for the asked profiles of each test section."""
+    sides = list(zip((train, test), ground.values, strict=True))
+    cases = [[_case(h, v) for h, v in zip(side, values, strict=True)] for side, values in sides]
+    found = {}
+    for name, options in (
+        ("inverse distance", interpolation.INVERSE_DISTANCE),
+        ("ordinary kriging", interpolation.KRIGING),
+    ):
+        chosen = interpolation.choose(options, cases[0])
+        found[name] = [interpolation.interpolate(options, chosen, case) for case in cases[1]]
+    for name, predicted in ground.ridges.items():
+        left, asked = (
+            [_case(h, v - p) for h, v, p in zip(side, values, own, strict=True)]
+            for (side, values), own in zip(sides, predicted, strict=True)
+        )
+        chosen = interpolation.choose(interpolation.KRIGING, left)
+        found[f"{name} + kriged residual"] = [
+            p[~h.visible] + interpolation.interpolate(interpolation.KRIGING, chosen, case)
+            for h, p, case in zip(test, predicted[1], asked, strict=True)
+        ]
+    return found
+
+
+def model_predictions(
+    pretrained: Pretrained, cohort: Cohort, test: list[Hidden], columns: npt.NDArray[np.int64], shown: tuple[bool, bool]
+) -> list[Floats]:
+    """lognorm [M, K] of the asked profiles; `shown`: whether visible counts, whether pixels."""
+    genes = np.array([pretrained.genes.index[cohort.gene_ids[i]] for i in columns], dtype=np.int64)
+    found = []
+    for hidden in test:
+        slide = inference.prepare(pretrained, cohort.stores[hidden.section.slide_id])
+        visible = np.zeros(len(slide.profiles), bool)
+        visible[hidden.section.rows[hidden.visible]] = shown[0]
+        asked = inference.predict(pretrained, slide, genes, hidden.asked.rows, visible, use_image=shown[1])
+        found.append(asked.lognorm().astype(np.float64))
+    return found
+
+
+def _score(
+    predicted: list[Floats], measured: list[Floats], test: list[Hidden], low_um: float, high_um: float, seed: int
+) -> Score | None:
+    """Over the asked profiles so far from the nearest visible one; None where no section has enough of them."""
+    parts = []
+    for values, truth, hidden in zip(predicted, measured, test, strict=True):
+        keep = (hidden.distance_um >= low_um) & (hidden.distance_um < high_um)
+        if keep.sum() >= LEAST_ASKED:
+            parts.append((values[keep], truth[keep], take(hidden.asked, keep)))
+    if not parts:
+        return None
+    values_of, truths, sections = (list(column) for column in zip(*parts, strict=True))
+    return score([values_of], truths, sections, seed)
+
+
+def compare(
+    predicted: dict[str, list[Floats]], measured: list[Floats], test: list[Hidden], tile_um: float, seed: int
+) -> dict[str, Any]:
+    """Scores of all methods, and of the model against the best baseline; REFERENCES and MODEL are no rivals."""
+    roles = {MODEL: "model"} | dict.fromkeys(REFERENCES, "reference")
+    whole: dict[str, dict[str, Score]] = {"all": {}, "beyond a tile": {}}
+    methods, versus = [], {}
+    for name, values in predicted.items():
+        for column, low_um in (("all", 0.0), ("beyond a tile", tile_um)):
+            if found := _score(values, measured, test, low_um, np.inf, seed):
+                whole[column][name] = found
+        ranges = [(low * tile_um, high * tile_um) for low, high in itertools.pairwise(BINS)]
+        bins = [_score(values, measured, test, low, high, seed) for low, high in ranges]
+        own = {column: of[name].json() for column, of in whole.items() if name in of}
+        methods.append(
+            {"name": name, "role": roles.get(name, "baseline"), "scores": own, "bins": [b and b.value for b in bins]}
+        )
+    for column, of in whole.items():
+        if rivals := {name: entry.value for name, entry in of.items() if name not in roles}:
+            best = max(rivals, key=rivals.__getitem__)
+            versus[column] = {"baseline": best, **of[MODEL].minus(of[best]).json()}
+    return {"methods": methods, "versus_best_baseline": versus}
+
+
+def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str, Any]:
+    """The tables of protocol 4 as plain values."""
+    enough = [s for s in cohort.test if len(s.rows) >= LEAST_VISIBLE + LEAST_ASKED]
+    if not enough or not cohort.train:
+        return {"protocol": PROTOCOL, "skipped": "no test section has profiles enough, or none is for training"}
+    cohort = dataclasses.replace(cohort, test=enough)
+    columns = gene_rules(cohort)["var"]
+    ground = prepare(pretrained, cohort, columns)
+    tile_um, shares = pretrained.config.tile_um, []
+    for share in SHARES:
+        train, test = ([hide(s, share, seed) for s in part] for part in ground.sections)
+        shown = {MODEL: (True, True), **REFERENCES}
+        predicted = {name: model_predictions(pretrained, cohort, test, columns, what) for name, what in shown.items()}
+        predicted |= baselines(ground, train, test)
+        measured = [values[~h.visible] for h, values in zip(test, ground.values[1], strict=True)]
+        sizes = {"visible": sum(int(h.visible.sum()) for h in test), "asked": sum(map(len, measured))}
+        shares.append({"share": share, **sizes, **compare(predicted, measured, test, tile_um, seed)})
+    return {
+        **provenance(pretrained, cohort, seed, PROTOCOL, "H&E and the counts of the visible profiles"),
+        "target": "lognorm", "genes": len(columns), "bins_um": [b * tile_um for b in BINS[:-1]], "shares": shares,
+    }  # fmt: skip
+
+
+def text(values: dict[str, Any]) -> str:
+    """Tables as Markdown."""
+    starts, parts = values["bins_um"], [_ABOUT.format(**values)]
+    names = [f"{a:.0f}-{b:.0f} um" for a, b in itertools.pairwise(starts)] + [f"{starts[-1]:.0f} um on"]
+    for entry in values["shares"]:
+        rows: list[list[object]] = []
+        for method in entry["methods"]:
+            cells = [told(method["scores"].get(column)) for column in ("all", "beyond a tile")]
+            far = ["-" if value is None else f"{value:.3f}" for value in method["bins"]]
+            rows.append([method["name"], method["role"], *cells, *far])
+        title = f"### {entry['share']:.0%} visible: {entry['visible']} profiles shown, {entry['asked']} asked"
+        lines = [
+            f"* {column}: model - best baseline ({v['baseline']}) {told(v, '+')}, paired."
+            for column, v in entry["versus_best_baseline"].items()
+        ]
+        parts += [title, table(["method", "role", "all", "beyond a tile", *names], rows), "\n".join(lines)]
+    return "\n\n".join(parts)

@@ -1,0 +1,80 @@
+"""All protocols on the synthetic tissue with an untrained model: they run, say what they are, and claim nothing."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from storm import cli, export, files
+from storm.evaluate import expression, protocols, transfer
+from tests import untrained
+
+
+@pytest.fixture(scope="module")
+def values(tiny_store: Path, tiny_shards: Path, synthetic_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("protocols")
+    checkpoint = untrained.shards_checkpoint(tiny_shards, folder / "run")
+    assert cli.main(["export", "--run", str(folder / "run"), "--out", str(folder / "model")]) == 0
+    assert checkpoint.is_dir()
+    words = ["--model", str(folder / "model"), "--store", str(tiny_store), "--shards", str(tiny_shards)]
+    words += ["--truth", str(synthetic_tiny / "truth"), "--out", str(folder / "report")]
+    names = ",".join(name for name in protocols.NAMES if name != protocols.EXPRESSION)
+    assert cli.main(["evaluate", *words, "--protocols", names]) == 0
+    return {
+        "model": folder / "model",
+        "text": (folder / "report" / "report.md").read_text(),
+        **files.read_json(folder / "report/evaluation.json"),
+    }
+
+
+def test_each_protocol_is_reported_with_its_provenance(values: dict) -> None:
+    found = values["protocols"]
+    assert set(found) == set(protocols.NAMES) - {protocols.EXPRESSION}
+    for name, of in found.items():
+        assert f"# Report: protocol {of['protocol']}" in values["text"]
+        if "skipped" not in of:
+            assert of["split_by"] == "donor" and of["seed"] == 0 and of["input"], name
+            assert {len(of[key]) for key in ("model_hash", "shards_sha256")} == {64}
+            assert of["model_trained_on_these_shards"] is True and of["code"] and of["bootstrap"]
+    for word in ("donor00", "donor02", "d00s0", "d02s0"):
+        assert word not in values["text"] and word not in str(found)
+
+
+def test_what_cannot_be_run_says_why(values: dict) -> None:
+    skipped = {name: of["skipped"] for name, of in values["protocols"].items() if "skipped" in of}
+    assert set(skipped) == {"retrieval", "transfer"}
+    assert "align_width is 0" in skipped["retrieval"] and "trained on" in skipped["transfer"]
+    for reason in skipped.values():
+        assert f"Skipped: {reason}." in values["text"]
+
+
+def test_an_untrained_model_is_beaten(values: dict) -> None:
+    shares = values["protocols"]["imputation"]["shares"]
+    assert [entry["share"] for entry in shares] == [0.05, 0.5]
+    half = {m["name"]: m["scores"]["all"]["value"] for m in shares[1]["methods"]}
+    assert len(half) == 7 and half["ordinary kriging"] > 0.1
+    assert shares[1]["versus_best_baseline"]["all"]["value"] < 0
+    for backend in values["protocols"]["domains"]["backends"].values():
+        assert len(backend["methods"]) == 8
+        assert all(-0.5 <= m["ari"]["low"] <= m["ari"]["high"] <= 1 for m in backend["methods"].values())
+    levels = values["protocols"]["probes"]["levels"]
+    assert set(levels) == {"colour", "image features", "embedding, H&E only", "embedding, H&E and counts"}
+
+
+def test_transfer_reads_real_stores(values: dict, tiny_store: Path, tiny_shards: Path) -> None:
+    """The same model, taken for one that was trained on legacy ST alone: the Visium donor is a new one."""
+    pretrained = export.load(values["model"])
+    data = {**pretrained.data, "platforms": {"st": pretrained.data["platforms"]["st"]}}
+    cohort = expression.open_cohort(pretrained, tiny_store, tiny_shards)
+    found = transfer.evaluate(dataclasses.replace(pretrained, data=data), cohort, 0)
+    (group,) = found["groups"]
+    assert (group["platform"], group["relation"], group["donors"]) == ("visium", "new donor", 1)
+    assert set(group["scores"]) == {transfer.MODEL, transfer.SOURCE, transfer.TARGET}
+    assert "ratio_to_within" not in group and found["trained_on"] == ["st"]
+    assert group["scores"][transfer.SOURCE]["value"] > 0 and "new donor" in transfer.text(found)
+
+
+def test_names_that_are_no_protocol_are_refused() -> None:
+    for names in ([], ["imputation", "survival"], [""]):
+        with pytest.raises(ValueError, match="is no protocol; choose of expression, imputation"):
+            protocols.check(names)

@@ -1,0 +1,45 @@
+"""Unseen genes: those outside the vocabulary that the table describes are scored, and nothing else."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storm import export, files, store
+from storm.descriptors import Descriptors
+from storm.evaluate import sections, unseen
+from storm.evaluate.expression import Cohort
+from storm.evaluate.sections import Section
+from tests import untrained
+
+NOVEL = "ENSG99999999999"
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> export.Pretrained:
+    folder = tmp_path_factory.mktemp("model")
+    config = dataclasses.replace(untrained.MODEL, descriptor_width=4)
+    checkpoint = untrained._write(
+        folder / "run" / "checkpoints" / "step_0000020", config, untrained.GENES, untrained.reference(), 20
+    )
+    return export.load(export.export(checkpoint, folder / "model"))
+
+
+def test_a_gene_that_is_described_is_scored(pretrained: export.Pretrained, tmp_path: Path) -> None:
+    opened = store.SlideStore(untrained.write_store(tmp_path))
+    section: Section = sections.open_section(opened, [untrained.GENES.ids[0]])
+    cohort = Cohort([], [section], {section.slide_id: opened}, [untrained.GENES.ids[0]], "donor", "0" * 64)
+    rng = np.random.default_rng(0)
+    table = Descriptors(
+        (NOVEL, "ENSG88888888888", untrained.GENES.ids[3]), rng.normal(size=(3, 4)).astype(np.float32), "t"
+    )
+    found = unseen.evaluate(pretrained, cohort, table)
+    assert found["genes"] == 1 and set(found["by_gene"]) == {NOVEL} and len(found["model_hash"]) == 64
+    assert found["score"]["low"] <= found["score"]["value"] <= found["score"]["high"]
+    assert abs(found["score"]["value"]) < 0.3  # the counts are noise
+    none = unseen.evaluate(pretrained, cohort, Descriptors(table.ids[2:], table.values[2:], "t"))
+    assert "share no gene" in none["skipped"]
+    with pytest.raises(ValueError, match="t: has 3 columns"):
+        unseen.evaluate(pretrained, cohort, Descriptors(table.ids, table.values[:, :3], "t"))
+    assert files.dump_json(found)
