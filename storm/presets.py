@@ -6,8 +6,11 @@ In: a preset name and what differs from it. Out: `ModelConfig`, as stored in eve
 import dataclasses
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+TIMM = "timm/"  # begins the name of an encoder that timm builds
+ENCODERS, ENCODER_TRAIN, IMAGE_TARGETS = ("vit", "colour"), ("full", "frozen", "lora"), ("stain", "feature")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,16 @@ class ModelConfig:
     head_width: int = 16
     registers: int = 4  # learned context tokens per region
     organs: tuple[str, ...] = ()  # names behind organ ids 1, 2, ...; 0 = unknown
+    # The tile encoder. "colour" is an ablation. Of "timm/<model>" a run sets image_width, patch_px, pixel_mean, pixel_sd
+    # and encoder_sha256 by itself (storm.model.encoders.fit); its image_depth means nothing.
+    encoder: str = "vit"
+    encoder_options: dict[str, Any] = field(default_factory=dict)  # of timm.create_model; launch/ENCODERS.md
+    encoder_train: str = "full"
+    encoder_sha256: str = ""  # of the file that its weights came from; empty: from scratch
+    lora_rank: int = 8
+    pixel_mean: tuple[float, ...] = ()  # of red, green, blue in [0, 1]; empty: the encoder's own
+    pixel_sd: tuple[float, ...] = ()
+    image_target: str = "stain"  # what the image loss regresses; "feature": that of a frozen encoder, from a cache
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -35,13 +48,31 @@ class ModelConfig:
                 raise ValueError(f"model.{field.name}={value} must be {least} or more")
         if not 0 < self.tile_mpp < math.inf:
             raise ValueError(f"model.tile_mpp={self.tile_mpp} must be above 0")
-        for name in ("image_width", "fusion_width", "space_width"):
+        self._check_encoder()
+        own = () if self.encoder.startswith(TIMM) else ("image_width",)
+        for name in (*own, "fusion_width", "space_width"):
             if getattr(self, name) % self.head_width:
                 raise ValueError(f"model.{name}={getattr(self, name)} is no multiple of head_width={self.head_width}")
         if self.head_width % 8:
             raise ValueError(f"model.head_width={self.head_width} must be a multiple of 8 (2-D rotary pairs)")
         if self.tile_px % self.patch_px:
             raise ValueError(f"model.tile_px={self.tile_px} is no multiple of patch_px={self.patch_px}")
+
+    def _check_encoder(self) -> None:
+        timm = self.encoder.startswith(TIMM)
+        for name, known in (("encoder_train", ENCODER_TRAIN), ("image_target", IMAGE_TARGETS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"model.{name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.encoder not in ENCODERS and not timm:
+            raise ValueError(f"model.encoder={self.encoder!r} is none of {', '.join(ENCODERS)}, {TIMM}<model>")
+        if not timm and (self.encoder_options or self.encoder_train == "lora" or self.encoder_sha256):
+            raise ValueError(f"model.encoder={self.encoder!r} takes no options, no lora and no weights; {TIMM}<model> does")
+        if self.image_target == "feature" and self.encoder_train != "frozen":
+            raise ValueError("model.image_target=feature: features stand still of a frozen encoder alone; set "
+                             "encoder_train=frozen, or image_target=stain")  # fmt: skip
+        for name in ("pixel_mean", "pixel_sd"):
+            if len(getattr(self, name)) not in (0, 3) or not all(0 < x < 1 for x in getattr(self, name)):
+                raise ValueError(f"model.{name}={getattr(self, name)}: three numbers between 0 and 1, or none")
 
     @property
     def tile_um(self) -> float:
@@ -81,12 +112,14 @@ def resolve_model(values: dict[str, Any]) -> ModelConfig:
     preset = values.pop("preset", "tiny")
     if preset not in PRESETS:
         raise ValueError(f"model.preset={preset!r} is unknown{nearest(str(preset), list(PRESETS))}")
-    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    plain = ModelConfig()
+    defaults = {f.name: getattr(plain, f.name) for f in dataclasses.fields(ModelConfig)}
     for key, value in values.items():
         if key not in defaults:
             raise ValueError(f"model.{key} is no key{nearest(key, [*defaults, 'preset'])}")
-        if key == "organs":
+        kind = type(defaults[key])
+        if kind is tuple and isinstance(value, list | tuple):
             values[key] = tuple(value)
-        elif isinstance(value, bool) or not isinstance(value, (type(defaults[key]), int)):
+        elif isinstance(value, bool) or not isinstance(value, (kind, int) if kind is float else kind):
             raise ValueError(f"model.{key}={value!r} should be of type {type(defaults[key]).__name__}")
     return ModelConfig(**{**PRESETS[preset], **values})

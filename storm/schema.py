@@ -85,6 +85,14 @@ BATCH = {
     "depth_mask": ("bool", "R N"),  # wholly hidden, L > 0
 }
 
+# In place of "tiles" where features of a frozen encoder are cached; D image width.
+FEATURES = {
+    "profile_feature": ("float32", "R N 2 D"),  # under the footprint and over the window; 0 where not valid
+    "profile_valid": ("float32", "R N 2"),  # share of each that could be read; 0 where it touches a hidden tile
+    "tile_feature": ("float32", "T D"),  # summaries of the encoded tiles; a dummy of zeros where a batch has none
+    "tile_feature_target": ("float32", "R C D"),  # standardised feature of hidden tiles; 0 elsewhere
+}
+
 # What the image loss regresses, per tile: means and spreads of the two stains, shares of nuclear and of tissue pixels.
 TILE_STATS = ("hematoxylin_mean", "hematoxylin_sd", "eosin_mean", "eosin_sd", "nuclear_share", "tissue_share")
 

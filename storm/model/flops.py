@@ -47,7 +47,7 @@ def sizes(batch: dict[str, Tensor], registers: int, padded: bool = False) -> Siz
     regions, width = len(present), registers + present.shape[1] + profile.shape[1]
     m = int(context_R.max())
     return Sizes(
-        len(batch["tiles"]), present.numel(), profile.numel(), regions * width, regions * m, regions * width * m,
+        len(batch["tile_weight"]), present.numel(), profile.numel(), regions * width, regions * m, regions * width * m,
         len(batch["genes"]),
     )  # fmt: skip
 

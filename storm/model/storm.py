@@ -7,6 +7,8 @@ In: a batch (storm.schema.BATCH). Out: a dict of tensors,
     depth_mean      [R, N]      slide-centred log density of counts, and
     depth_log_var   [R, N]      its log variance
     tile_stats      [R, C, S]   stain statistics, meant for hidden tiles
+    tile_feature    [R, C, D]   with image_target=feature in their place in the loss: the standardised encoder feature
+    tile_anchor     [T]         of an encoder that trains from given weights: cosine of its summary to that of the start
     embedding       [R, N, D]   the profile's vector, as exported
 
 Every module runs in every forward; what is absent is masked. Shapes: R regions, C tiles per region, T tiles packed,
@@ -18,11 +20,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from storm.model.encoders import TimmEncoder, tile_encoder
 from storm.model.expression import BagEncoder, GeneEmbedding
 from storm.model.footprint import FootprintReader
 from storm.model.heads import Decoder, DepthHead, TileHead
-from storm.model.layers import Transformer, initialise
-from storm.model.morphology import TileEncoder
+from storm.model.layers import Transformer, ZeroLinear, initialise
 from storm.model.spatial import Space
 from storm.presets import ModelConfig
 from storm.schema import PLATFORMS
@@ -73,15 +75,18 @@ class Storm(nn.Module):
         n_genes: length of the vocabulary, G.
         seed: of the initial weights, which are the same on every rank.
         activation_checkpointing: recompute each block's activations in the backward pass.
+        anchored: tell `tile_anchor`; of an encoder that trains from weights it was given.
     """
 
     def __init__(
-        self, config: ModelConfig, n_genes: int, seed: int = 0, activation_checkpointing: bool = False
-    ) -> None:
+        self, config: ModelConfig, n_genes: int, seed: int = 0, activation_checkpointing: bool = False,
+        anchored: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):  # torch's constructors draw from the global state; leave it as it was
-            self.morphology = TileEncoder(config, activation_checkpointing)
+            torch.manual_seed(seed)  # of what timm draws itself
+            self.morphology = tile_encoder(config, activation_checkpointing, anchored)
             self.footprint = FootprintReader(config)
             self.genes = GeneEmbedding(n_genes, config.gene_width)
             self.expression = BagEncoder(config)
@@ -92,6 +97,8 @@ class Storm(nn.Module):
             self.decoder = Decoder(config, n_genes)
             self.depth = DepthHead(config)
             self.tile_stats = TileHead(config)
+            by_feature = config.image_target == "feature"
+            self.tile_feature = ZeroLinear(config.space_width, config.image_width) if by_feature else None
         initialise(self, seed)
 
     @torch.no_grad()
@@ -101,8 +108,7 @@ class Storm(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """See the module's docstring."""
-        map_TPD, summary_TD = self.morphology(batch["tiles"], batch["tile_weight"])
-        feature_RN2D, valid_RN2 = self.footprint(map_TPD, batch)
+        feature_RN2D, valid_RN2, summary_TD = self._morphology(batch)
         profiles_RND = self.fusion(feature_RN2D, valid_RN2, self.expression(self.genes, batch), batch)
 
         encoded_RC = batch["tile_present"] & ~batch["tile_hidden"]
@@ -113,7 +119,7 @@ class Storm(nn.Module):
 
         log_composition, log_dispersion = self.decoder(h_RND, self.genes(batch["genes"]), batch)
         depth_mean, depth_log_var = self.depth(h_RND, batch["platform"])
-        return {
+        found = {
             "log_composition": log_composition,
             "log_dispersion": log_dispersion,
             "depth_mean": depth_mean,
@@ -121,6 +127,19 @@ class Storm(nn.Module):
             "tile_stats": self.tile_stats(tiles_RCD),
             "embedding": h_RND,
         }
+        if self.tile_feature is not None:
+            found["tile_feature"] = self.tile_feature(tiles_RCD)
+        if isinstance(self.morphology, TimmEncoder) and self.morphology.anchored:
+            found["tile_anchor"] = self.morphology.similarity(batch["tiles"], summary_TD)
+        return found
+
+    def _morphology(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [R, N, 2, D] of profiles, their valid share [R, N, 2], and summaries [T, D] of tiles: from pixels, or
+        where the batch comes with cached features (schema.FEATURES) from these, on every rank alike."""
+        if "tile_feature" in batch:
+            return batch["profile_feature"], batch["profile_valid"], batch["tile_feature"]
+        map_TPD, summary_TD = self.morphology(batch["tiles"], batch["tile_weight"])
+        return *self.footprint(map_TPD, batch), summary_TD
 
     def _place(self, tile_TD: Tensor, slot_T: Tensor, encoded_RC: Tensor) -> Tensor:
         """[R, C, D]: packed tiles at their slots, the learned vector of a hidden tile elsewhere (under a dummy too)."""

@@ -40,7 +40,7 @@ def dry_run(config: RunConfig, ranks: int) -> str:
         NotFiniteError: the synthetic batch gave no finite loss or gradient.
     """
     shards = open_corpus(config.data)
-    config = config.model_copy(update={"model": fit_model(config.model, shards)})
+    config = config.model_copy(update={"model": fit_model(config.model, shards, config.encoder.weights)})
     tiles, profiles = (np.concatenate([getattr(part.index, name) for part in shards.groups.parts])
                        for name in ("tiles", "profiles"))  # fmt: skip
     micro = config.data.micro_batch_size
