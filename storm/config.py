@@ -148,7 +148,8 @@ class EncoderConfig(Section):
     """The image encoder's weights; which encoder it is, and how it trains, says the model."""
 
     weights: str = Field(
-        default="", description="a local file, safetensors or a .pth or .bin that holds tensors alone; empty: from scratch"
+        default="",
+        description="a local file, safetensors or a .pth or .bin that holds tensors alone; empty: from scratch",
     )
 
 
@@ -265,7 +266,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _features_of_a_frozen_encoder(self) -> Self:
         if self.data.features and self.model.encoder_train != "frozen":
-            raise ValueError("data.features: features are cached of a frozen encoder alone; set model.encoder_train=frozen")
+            raise ValueError(
+                "data.features: features are cached of a frozen encoder alone; set model.encoder_train=frozen"
+            )
         if self.model.image_target == "feature" and not self.data.features:
             raise ValueError("model.image_target=feature needs cached features; set data.features=auto")
         return self

@@ -66,7 +66,9 @@ def depth(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Term:
 def image(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Term:
     """Squared error of the stain statistics of hidden tiles, or of their features where the model regresses these: mean
     over statistics or columns, sum over tiles."""
-    told, target = ("tile_feature", "tile_feature_target") if "tile_feature" in outputs else ("tile_stats", "tile_target")
+    told, target = (
+        ("tile_feature", "tile_feature_target") if "tile_feature" in outputs else ("tile_stats", "tile_target")
+    )
     error_RC = (wide(outputs[told]) - batch[target]).square().mean(-1)
     return torch.where(batch["tile_hidden"], error_RC, 0).sum(), batch["tile_hidden"].sum().float()
 

@@ -6,7 +6,7 @@ In: a preset name and what differs from it. Out: `ModelConfig`, as stored in eve
 import dataclasses
 import difflib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 TIMM = "timm/"  # begins the name of an encoder that timm builds
@@ -30,10 +30,10 @@ class ModelConfig:
     head_width: int = 16
     registers: int = 4  # learned context tokens per region
     organs: tuple[str, ...] = ()  # names behind organ ids 1, 2, ...; 0 = unknown
-    # The tile encoder. "colour" is an ablation. Of "timm/<model>" a run sets image_width, patch_px, pixel_mean, pixel_sd
-    # and encoder_sha256 by itself (storm.model.encoders.fit); its image_depth means nothing.
+    # The tile encoder. "colour" is an ablation. Of "timm/<model>" a run sets image_width, patch_px, pixel_mean,
+    # pixel_sd and encoder_sha256 itself (storm.model.encoders.fit); its image_depth means nothing.
     encoder: str = "vit"
-    encoder_options: dict[str, Any] = field(default_factory=dict)  # of timm.create_model; launch/ENCODERS.md
+    encoder_options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of timm; launch/ENCODERS.md
     encoder_train: str = "full"
     encoder_sha256: str = ""  # of the file that its weights came from; empty: from scratch
     lora_rank: int = 8
@@ -66,7 +66,9 @@ class ModelConfig:
         if self.encoder not in ENCODERS and not timm:
             raise ValueError(f"model.encoder={self.encoder!r} is none of {', '.join(ENCODERS)}, {TIMM}<model>")
         if not timm and (self.encoder_options or self.encoder_train == "lora" or self.encoder_sha256):
-            raise ValueError(f"model.encoder={self.encoder!r} takes no options, no lora and no weights; {TIMM}<model> does")
+            raise ValueError(
+                f"model.encoder={self.encoder!r} takes no options, no lora and no weights; {TIMM}<model> does"
+            )
         if self.image_target == "feature" and self.encoder_train != "frozen":
             raise ValueError("model.image_target=feature: features stand still of a frozen encoder alone; set "
                              "encoder_train=frozen, or image_target=stain")  # fmt: skip

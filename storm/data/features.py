@@ -92,15 +92,17 @@ class FeatureSet:
         path = self.folder / MARKER
         if not path.is_file():
             raise ValueError(f"{path}: no features of split {split!r}; python launch/features.py makes them, with the "
-                             f"config of the run and --splits {split}")  # fmt: skip
+                             f"config of the run and --split {split}")  # fmt: skip
         told = files.read_json(path)
         if told.get("index_sha256") != index_sha256:
-            raise ValueError(f"{path}: features of other shards than these (index); python launch/features.py makes them")
+            raise ValueError(
+                f"{path}: features of other shards than these (index); python launch/features.py makes them"
+            )
         self.recipe = Recipe(**told["recipe"])
         self._profiles, self._tiles = (np.concatenate([[0], np.cumsum(n)]) for n in (index.profiles, index.tiles))
         statistics = folder / "train" / "statistics.npy"
         if not statistics.is_file():
-            raise ValueError(f"{statistics}: is missing; python launch/features.py makes it, with --splits train")
+            raise ValueError(f"{statistics}: is missing; python launch/features.py makes it, with --split train")
         self._statistics: Floats = np.load(statistics)
         self._maps: dict[str, npt.NDArray] = {}
 

@@ -27,8 +27,8 @@ INSTALL = "python -m pip install 'storm-tissue[timm]'"
 # Options of timm.create_model that shape a model. None of those that fetch or read anything is among them.
 OPTIONS = (
     "img_size", "patch_size", "embed_dim", "depth", "depths", "num_heads", "mlp_ratio", "mlp_layer", "act_layer",
-    "init_values", "reg_tokens", "no_embed_class", "class_token", "dynamic_img_size", "qkv_bias", "qk_norm", "proj_bias",
-    "pos_embed", "global_pool", "window_size", "dims", "drop_path_rate",
+    "init_values", "reg_tokens", "no_embed_class", "class_token", "dynamic_img_size", "qkv_bias", "qk_norm",
+    "proj_bias", "pos_embed", "global_pool", "window_size", "dims", "drop_path_rate",
 )  # fmt: skip
 
 
@@ -40,7 +40,6 @@ class Facts:
     width: int
     pixel_mean: tuple[float, ...]
     pixel_sd: tuple[float, ...]
-    parameters: int
     flops: int  # of one tile, counted, as torch's FlopCounterMode counts
 
 
@@ -70,7 +69,9 @@ def create(config: ModelConfig) -> nn.Module:
         model: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
     except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"model.encoder={config.encoder}: timm does not build it with {options}: {error}") from None
-    model.forward = model.forward_features  # so that a call runs the hooks by which ZeRO 3 gathers class token and places
+    model.forward = (
+        model.forward_features
+    )  # so that a call runs the hooks by which ZeRO 3 gathers class token and places
     return model  # type: ignore[no-any-return]
 
 
@@ -116,17 +117,27 @@ def _facts(encoder: str, options: str, tile_px: int) -> Facts:
         with torch.no_grad(), counter:
             found = feature_map(model, pixels)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"model.encoder={encoder}: does not read tiles of {tile_px} px ({error}); set "
-                         f"model.encoder_options={{img_size: {tile_px}}} where it has that option")  from None # fmt: skip
+        cure = f"set model.encoder_options={{img_size: {tile_px}}} where it has that option"
+        raise ValueError(f"model.encoder={encoder}: does not read tiles of {tile_px} px ({error}); {cure}") from None
     side = round(found.shape[1] ** 0.5)
     stride = int(getattr(model, "feature_info", [{}])[-1].get("reduction", tile_px // side))
     if stride * side != tile_px:
-        raise ValueError(f"model.encoder={encoder}: its map of {side} x {side} patches of {stride} px does not lie on a "
-                         f"tile of {tile_px} px; build and pack with a tile_px that is a multiple of {stride}")  # fmt: skip
+        fact = f"its map of {side} x {side} patches of {stride} px does not lie on a tile of {tile_px} px"
+        raise ValueError(f"model.encoder={encoder}: {fact}; build and pack with a tile_px that {stride} divides")
     cfg = model.default_cfg
     mean, sd = (tuple(float(x) for x in cfg[key]) for key in ("mean", "std"))  # type: ignore[index]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Facts(side, found.shape[2], mean, sd, parameters, counter.get_total_flops())
+    return Facts(side, found.shape[2], mean, sd, counter.get_total_flops())
+
+
+def parameters(config: ModelConfig) -> int:
+    """How many an encoder has, adapters included, the frozen copy of `anchored` not."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in tile_encoder(config).parameters())
+
+
+def is_anchored(config: ModelConfig) -> bool:
+    """Whether an encoder trains from weights that it was given, and is held near them (the term anchor)."""
+    return bool(config.encoder_sha256) and config.encoder_train != "frozen"
 
 
 def fit(config: ModelConfig, path: str = "") -> ModelConfig:
@@ -143,8 +154,9 @@ def fit(config: ModelConfig, path: str = "") -> ModelConfig:
     if path and not Path(path).is_file():
         raise ValueError(f"encoder.weights={path}: no such file; give a local file of weights")
     if not path and not config.encoder_sha256 and config.encoder_train != "full":
-        raise ValueError(f"model.encoder_train={config.encoder_train}: without weights this encoder stays at random; set "
-                         "encoder.weights to a local file (launch/ENCODERS.md), or encoder_train=full")  # fmt: skip
+        fact = "without weights this encoder stays at random"
+        raise ValueError(f"model.encoder_train={config.encoder_train}: {fact}; set encoder.weights to a local file "
+                         "(launch/ENCODERS.md), or encoder_train=full")  # fmt: skip
     found = facts(config)
     return replace(
         config, image_width=found.width, patch_px=config.tile_px // found.side,
@@ -162,7 +174,9 @@ def tile_encoder(config: ModelConfig, activation_checkpointing: bool = False, an
     """The encoder of a config. `anchored`: it also tells how far it is from the weights it was given."""
     if config.encoder.startswith(TIMM):
         return TimmEncoder(config, activation_checkpointing, anchored)
-    encoder: nn.Module = ColourEncoder(config) if config.encoder == "colour" else TileEncoder(config, activation_checkpointing)
+    encoder: nn.Module = (
+        ColourEncoder(config) if config.encoder == "colour" else TileEncoder(config, activation_checkpointing)
+    )
     return encoder.requires_grad_(config.encoder_train != "frozen")
 
 

@@ -2,7 +2,9 @@
 
 In: a ModelConfig, the length of the vocabulary, the sizes of a batch. Out: {level: number}. A FLOP is a multiplication
 or an addition of a matrix product, as torch's FlopCounterMode counts them; norms, softmax, sampling under footprints
-and the losses are left out, and so is what activation checkpointing or a fused attention computes twice.
+and the losses are left out, and so is what activation checkpointing or a fused attention computes twice. An encoder of
+timm's has no formula here: its forward pass is counted once on the meta device (storm.model.encoders.facts), and its
+backward pass is taken as twice that, with LoRA as once that, frozen as nothing.
 
 Levels: morphology (tiles), expression (counts, footprints, fusion), space (regions), heads.
 """
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from storm.model import encoders
 from storm.model.layers import hidden_width
 from storm.presets import ModelConfig
 from storm.schema import PLATFORMS, TILE_STATS
@@ -58,13 +61,15 @@ def parameters(config: ModelConfig, n_genes: int) -> dict[str, int]:
     small = _linear(3, fusion) + _linear(2, fusion) + 2 * _linear(fusion, fusion)  # measurement; depth and genes
     tables = (PARTS - 1) + len(PLATFORMS) + (1 + len(config.organs))  # absent, platform, organ
     return {
-        "morphology": _linear(3 * config.patch_px**2, image) + _transformer(config.image_depth, image, config),
+        "morphology": encoders.parameters(config) if config.encoder != "vit"
+        else _linear(3 * config.patch_px**2, image) + _transformer(config.image_depth, image, config),
         "expression": n_genes * gene + _linear(gene, fusion) + 2 * _linear(image, fusion) + small + tables * fusion
         + _transformer(config.fusion_depth, fusion, config) + _linear(fusion, space),
         "space": _linear(image, space) + (1 + config.registers) * space
         + _transformer(config.space_depth, space, config),
         "heads": space * gene + n_genes * (2 + TOLD) + TOLD + 1
-        + _linear(space + TOLD, space) + _linear(space, 2) + _linear(space, len(TILE_STATS)),
+        + _linear(space + TOLD, space) + _linear(space, 2) + _linear(space, len(TILE_STATS))
+        + (_linear(space, image) if config.image_target == "feature" else 0),
     }  # fmt: skip
 
 
@@ -82,9 +87,17 @@ def forward(config: ModelConfig, size: Sizes) -> dict[str, float]:
     return {level: 2 * (whole + first) for level, (whole, first) in _products(config, size).items()}
 
 
-def training(config: ModelConfig, size: Sizes) -> dict[str, float]:
-    """FLOPs of one forward and one backward pass: thrice the forward pass, twice for products with the input itself."""
-    return {level: 2 * (3 * whole + 2 * first) for level, (whole, first) in _products(config, size).items()}
+def training(config: ModelConfig, size: Sizes, encoded: bool = True) -> dict[str, float]:
+    """FLOPs of one forward and one backward pass: thrice the forward pass, twice for products with the input itself.
+
+    `encoded`: the tiles were, and did not come as cached features.
+    """
+    products = _products(config, size)
+    found = {level: 2 * (3 * whole + 2 * first) for level, (whole, first) in products.items()}
+    whole, first = products["morphology"]
+    anchor = whole if encoders.is_anchored(config) else 0.0
+    passes = {"full": 3 * whole + 2 * first, "lora": 2 * whole, "frozen": whole + first}
+    return found | {"morphology": 2 * (passes[config.encoder_train] + anchor) if encoded else 0.0}
 
 
 def _products(config: ModelConfig, size: Sizes) -> dict[str, tuple[float, float]]:
@@ -96,8 +109,12 @@ def _products(config: ModelConfig, size: Sizes) -> dict[str, tuple[float, float]
     fused = gene * fusion + 2 * fusion**2 + 2 * image * fusion + fusion * space
     heads = space * gene + gene * size.genes + (space + TOLD) * space + 2 * space
     pixels = 3 * config.patch_px**2
+    encoder = {
+        "vit": (config.image_depth * _block(image, patches, patches, pairs), patches * pixels * image),
+        "colour": (0.0, size.tiles * encoders.ColourEncoder.STATISTICS * image),
+    }
     return {
-        "morphology": (config.image_depth * _block(image, patches, patches, pairs), patches * pixels * image),
+        "morphology": encoder.get(config.encoder) or (size.tiles * encoders.facts(config).flops / 2, 0.0),
         "expression": (
             size.profiles * fused + config.fusion_depth * _block(fusion, parts, parts, PARTS * parts),
             size.profiles * 5 * fusion,
@@ -105,7 +122,10 @@ def _products(config: ModelConfig, size: Sizes) -> dict[str, tuple[float, float]
         "space": (
             size.tiles * image * space + config.space_depth * _block(space, size.tokens, size.context, size.pairs), 0.0
         ),
-        "heads": (size.profiles * heads + size.slots * space * len(TILE_STATS), size.profiles * (TOLD + 1)),
+        "heads": (
+            size.profiles * heads + size.slots * space * (len(TILE_STATS) + image * (config.image_target == "feature")),
+            size.profiles * (TOLD + 1),
+        ),
     }  # fmt: skip
 
 
@@ -123,7 +143,7 @@ def activation_bytes(config: ModelConfig, size: Sizes, bf16: bool, checkpointing
     """
     patches = size.tiles * (config.tile_px // config.patch_px) ** 2
     levels = [
-        (config.image_depth, patches, config.image_width),
+        (0 if config.encoder_train == "frozen" else config.image_depth, patches, config.image_width),
         (config.fusion_depth, PARTS * size.profiles, config.fusion_width),
         (config.space_depth, size.tokens, config.space_width),
     ]  # fmt: skip

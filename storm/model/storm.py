@@ -134,8 +134,10 @@ class Storm(nn.Module):
         return found
 
     def _morphology(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [R, N, 2, D] of profiles, their valid share [R, N, 2], and summaries [T, D] of tiles: from pixels, or
-        where the batch comes with cached features (schema.FEATURES) from these, on every rank alike."""
+        """Features [R, N, 2, D] of profiles, their valid share [R, N, 2], summaries [T, D] of tiles.
+
+        From pixels, or where the batch comes with cached features (schema.FEATURES) from these, on every rank alike.
+        """
         if "tile_feature" in batch:
             return batch["profile_feature"], batch["profile_valid"], batch["tile_feature"]
         map_TPD, summary_TD = self.morphology(batch["tiles"], batch["tile_weight"])

@@ -11,7 +11,6 @@ dropped. A file is never unpickled: it is read as safetensors, or by torch.load 
 import pickle
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -107,7 +106,9 @@ def under_timm_names(found: dict, model: nn.Module, source: str) -> State:
         state = _from_transformers(state)
     elif form == "efficientnet":
         state = _from_efficientnet(state, model)
-    elif any(re.match(_DINOV2[0][0] + ".*gamma", name) or ".mlp.w12." in name for name in state) or _chunked(state, model):
+    elif any(re.match(_DINOV2[0][0] + ".*gamma", name) or ".mlp.w12." in name for name in state) or _chunked(
+        state, model
+    ):
         state = _renamed(state, _DINOV2)
     if "register_tokens" in state:
         state.setdefault("mask_token", torch.zeros(0))  # by it timm knows DINOv2's own form of class token and places
@@ -166,7 +167,9 @@ def _from_transformers(state: State) -> State:
 
 def _from_efficientnet(state: State, model: nn.Module) -> State:
     """The names of efficientnet-pytorch, whose blocks are counted through, -> timm's, counted by stage."""
-    stages = [f"{i}.{j}" for i, stage in enumerate(model.get_submodule("blocks").children()) for j in range(len(stage))]
+    stages = [
+        f"{i}.{j}" for i, s in enumerate(model.get_submodule("blocks").children()) for j, _ in enumerate(s.children())
+    ]
     expanded = {name.split(".")[1] for name in state if "._expand_conv." in name}
     outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}

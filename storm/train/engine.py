@@ -261,7 +261,9 @@ class Engine:
     def _kept(self) -> list[tuple[str, Tensor]]:
         """Buffers that are of the model's state, as the statistics of a BatchNorm; whole on every rank."""
         parameters = dict(self.model.named_parameters())
-        return [(name, tensor) for name, tensor in self.model.state_dict(keep_vars=True).items() if name not in parameters]
+        return [
+            (name, tensor) for name, tensor in self.model.state_dict(keep_vars=True).items() if name not in parameters
+        ]
 
     def own_norm(self, batch: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
         """Norm of the gradient of `loss(outputs)` for a batch of this rank alone; the gradient of the step stays as it

@@ -11,20 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from storm import files
 from storm.config import MaskConfig, RunConfig
 from storm.data import stain
 from storm.data.batch import BatchSpec, collate
-from storm.data.corpus import Corpus, open_corpus
+from storm.data.corpus import Corpus
 from storm.data.features import ARRAYS, AUTO, FOLDER, MARKER, FeatureSet, FeatureStore, Recipe
 from storm.data.remote import is_url
 from storm.data.tile import decode_tiles
 from storm.data.view import plain_view
 from storm.model.encoders import fingerprint
 from storm.model.storm import Storm
-from storm.presets import ModelConfig
 from storm.schema import TILE_STATS, Group
 from storm.shards import ShardSet
 
@@ -48,7 +46,9 @@ def make(config: RunConfig, model: Storm, spec: BatchSpec, variants: int, splits
         ValueError: the encoder trains, or a set is remote.
     """
     if model.config.encoder_train != "frozen":
-        raise ValueError("model.encoder_train must be frozen: features of an encoder that trains are those of yesterday")
+        raise ValueError(
+            "model.encoder_train must be frozen: features of an encoder that trains are those of yesterday"
+        )
     if variants < 1:
         raise ValueError(f"--variants {variants}: at least 1, the group as it is")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,15 +137,17 @@ def _make_split(target: Path, one: ShardSet, split: str, recipe: Recipe, maker: 
         files.write_json(folder / MARKER, {"recipe": vars(recipe), "index_sha256": entry["index_sha256"]})
 
 
-def find(corpus: Corpus, config: RunConfig, encoder: nn.Module, model: ModelConfig) -> FeatureStore:
-    """The features that a run names, of the corpus's split.
+def find(corpus: Corpus, config: RunConfig, own: str) -> FeatureStore:
+    """The features that a run names, of the corpus's split; `own` is the fingerprint of its encoder.
 
     Raises:
         ValueError: there are none, several, or they are of another encoder, of other shards, or varied otherwise.
     """
-    own, named = fingerprint(encoder, model), config.data.features
+    named = config.data.features
     if named != AUTO and len(corpus.sets) > 1:
-        raise ValueError(f"data.features={named}: of several shard sets each has its own features; set data.features=auto")
+        raise ValueError(
+            f"data.features={named}: of several shard sets each has its own features; set data.features=auto"
+        )
     found = []
     for one in corpus.sets:
         folders = [Path(named)] if named != AUTO else _beside(one, own, config.mask)
@@ -163,7 +165,9 @@ def find(corpus: Corpus, config: RunConfig, encoder: nn.Module, model: ModelConf
 
 def _beside(one: ShardSet, encoder: str, mask: MaskConfig) -> list[Path]:
     """The caches beside a shard set that were made of this encoder and varied as the run is."""
-    told = {path.parent.parent: files.read_json(path)["recipe"] for path in (one.folder / FOLDER).glob(f"*/train/{MARKER}")}
+    told = {
+        path.parent.parent: files.read_json(path)["recipe"] for path in (one.folder / FOLDER).glob(f"*/train/{MARKER}")
+    }
     asked = {"encoder": encoder, "flips": mask.flips, "stain_jitter": mask.stain_jitter}
     return sorted(folder for folder, recipe in told.items() if asked.items() <= recipe.items())
 

@@ -121,8 +121,8 @@ def build(config: RunConfig, shards: Corpus) -> tuple[Storm, BatchSpec]:
     share, model = shards.genes.share, config.model
     if share is None:
         raise ValueError(f"{shards.name}: the gene table has no column `share`; pack again")
-    anchored = bool(model.encoder_sha256) and model.encoder_train != "frozen"
-    network = Storm(model, len(shards.genes), config.seed, config.engine.activation_checkpointing, anchored)
+    checkpointing, anchored = config.engine.activation_checkpointing, encoders.is_anchored(model)
+    network = Storm(model, len(shards.genes), config.seed, checkpointing, anchored)
     network.set_gene_bias(torch.from_numpy(np.log(share)).float())
     if isinstance(network.morphology, encoders.TimmEncoder) and config.encoder.weights:
         network.morphology.load(Path(config.encoder.weights))
@@ -171,7 +171,9 @@ class Trainer:
         data, model = self.config.data, self.config.model
         torch.manual_seed(config.seed * 1_000_003 + world.rank)
         network, spec = build(self.config, shards)
-        features = feature_cache.find(shards, config, network.morphology, model) if data.features else None
+        # Before DeepSpeed has divided the weights: the hash is of whole ones.
+        encoder = encoders.fingerprint(network.morphology, model) if data.features else ""
+        features = feature_cache.find(shards, config, encoder) if data.features else None
         self.stream = GroupStream(shards, spec, self.config.mask, data, config.seed, world.rank, world.size, features)
         if features and world.rank == 0:
             off = ", ".join(feature_cache.without_pixels(config.mask)[1]) or "none was on"
@@ -181,7 +183,7 @@ class Trainer:
         platforms = {slide: str(entry["platform"]) for slide, entry in shards.manifest["slides"].items()}
         self.meter = Meter(model, platforms, world)
         watch = self.config.validation.every_steps > 0
-        self.validation = Validation(shards, spec, self.config, world, network.morphology) if watch else None
+        self.validation = Validation(shards, spec, self.config, world, encoder) if watch else None
         self.schedule = checkpoint.Schedule(config.checkpoint, world)
         self.checkpoint_s = 0.0  # spent on saving since the last record of the log
         self.contents = checkpoint.Contents(dump(self.config), model, shards.genes, reference(shards, config.seed))

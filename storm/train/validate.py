@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from storm import losses, schema
 from storm.config import RunConfig
@@ -46,10 +46,8 @@ class Validation:
         ValueError: a shard set has no split val, or it is empty.
     """
 
-    def __init__(
-        self, corpus: Corpus, spec: BatchSpec, config: RunConfig, world: World, encoder: nn.Module | None = None
-    ) -> None:
-        """`encoder`: of the model, where the run is on cached features."""
+    def __init__(self, corpus: Corpus, spec: BatchSpec, config: RunConfig, world: World, encoder: str = "") -> None:
+        """`encoder`: the fingerprint of the model's, by which cached features are found."""
         for one, name in zip(corpus.sets, corpus.name.split(", "), strict=True):
             if not one.manifest["splits"].get(SPLIT, {}).get("groups"):
                 raise ValueError(
@@ -59,8 +57,7 @@ class Validation:
         self._spec, self._config, self._world = spec, config, world
         held_out = open_corpus(config.data, SPLIT)
         self._held_out = held_out.groups
-        cached = config.data.features and encoder is not None
-        features = feature_cache.find(held_out, config, encoder, config.model) if cached else None
+        features = feature_cache.find(held_out, config, encoder) if config.data.features else None
         chosen = min(config.validation.groups, len(self._held_out))
         self._groups = np.arange(chosen) * len(self._held_out) // chosen
         self._loader = Loader(self._held_out, spec, config.mask, config.seed, features)
