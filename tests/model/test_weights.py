@@ -22,7 +22,7 @@ REGISTERS = ("timm/vit_giant_patch14_reg4_dinov2", SMALL | SWIGLU)
 UNI2 = ("timm/vit_giant_patch14_224", SMALL | SWIGLU | {"reg_tokens": 8, "no_embed_class": True})
 PLAIN = ("timm/vit_large_patch16_224", {**SMALL, "init_values": None})
 DINO = ("timm/vit_base_patch14_dinov2", SMALL)
-LITE = ("timm/tf_efficientnet_lite0", {})
+LITE: tuple[str, dict] = ("timm/tf_efficientnet_lite0", {})
 State = dict[str, torch.Tensor]
 
 
@@ -104,7 +104,7 @@ def with_heads(state: State) -> dict:
     return state | {"head.weight": torch.ones(2, 32), "fc.bias": torch.ones(2)}
 
 
-FORMS = {
+FORMS: dict[str, tuple[tuple[str, dict], Callable]] = {
     "timm": (UNI2, dict), "heads": (UNI2, with_heads), "state_dict": (UNI2, wrapped("state_dict", prefix="module.")),
     "model": (PLAIN, wrapped("model", prefix="image_encoder.")), "open_clip": (PLAIN, prefixed("visual.trunk.")),
     "teacher": (DINO, wrapped("teacher", prefix="backbone.")), "prefix teacher": (UNI2, prefixed("teacher.backbone.")),
@@ -132,9 +132,7 @@ def test_safetensors_and_places_of_another_grid(tmp_path: Path) -> None:
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     larger = made((PLAIN[0], {**PLAIN[1], "img_size": 56}), 2)
     weights.load(larger, tmp_path / "w.safetensors")
-    from timm.layers import resample_abs_pos_embed
-
-    expected = resample_abs_pos_embed(source.get_parameter("pos_embed").data, [4, 4], num_prefix_tokens=1)
+    expected = timm.layers.resample_abs_pos_embed(source.get_parameter("pos_embed").data, [4, 4], num_prefix_tokens=1)
     torch.testing.assert_close(larger.get_parameter("pos_embed").data, expected)
 
 

@@ -161,5 +161,5 @@ def test_two_ranks_divide_an_adapted_encoder(
         assert torch.equal(saved[f"morphology.model.{name}"], tensor), name
     adapters = [tensor for name, tensor in saved.items() if "lora_b" in name]
     assert adapters and all(tensor.any() for tensor in adapters)
-    losses = [[line["train/loss"] for line in runs.log(tmp_path / name)] for name in ("alone", "two")]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    first, second = ([line["train/loss"] for line in runs.log(tmp_path / name)] for name in ("alone", "two"))
+    np.testing.assert_allclose(first, second, rtol=1e-4)
