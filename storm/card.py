@@ -34,7 +34,7 @@ Data: shard set `{data_hash}`, genes `{gene_hash}`; code `{code}`; seed {seed}.
 {licenses}
 
 The licence of this export itself is in LICENSE.
-
+{encoder}
 ## Meant for
 
 Research on tissue: embedding spots, bins and cells, predicting relative expression from H&E within a slide, as a start
@@ -57,6 +57,13 @@ for further training. It is no medical device; no prediction of it has been vali
 Of this model, nothing in this folder: it holds weights and provenance, no evaluation. `storm evaluate` writes the table
 for held-out slides beside its baselines; a use it has no row for is unmeasured. The counts above are counts of the
 training data.
+"""
+
+_ENCODER = """
+## Image encoder
+
+`{name}`, {train}, from a file of weights with sha256 `{sha256}`. Its weights{changed} are part of
+model.safetensors: **the licence and terms of that encoder apply to this export too.**
 """
 
 _SECTION_SPLIT = """
@@ -93,8 +100,19 @@ def model_card(title: str, config: dict[str, Any], parameters: int, panel_genes:
         gene_hash=data["gene_hash"][:16], code=clean(config["code_version"]), seed=data["seed"],
         licenses=terms(data["licenses"]), density=reference["slide_log_density"], platform=clean(reference["platform"]),
         footprint_um=reference["footprint_um"], panel_genes=panel_genes, tile_px=model["tile_px"],
-        tile_mpp=model["tile_mpp"], tile_um=model["tile_px"] * model["tile_mpp"],
+        tile_mpp=model["tile_mpp"], tile_um=model["tile_px"] * model["tile_mpp"], encoder=_encoder(model),
     )  # fmt: skip
+
+
+def _encoder(model: dict[str, Any]) -> str:
+    """What is said of an image encoder whose weights others made; nothing where there is none."""
+    if not model.get("encoder_sha256"):
+        return ""
+    trained = {"frozen": "frozen", "lora": "with LoRA adapters", "full": "trained on"}[model["encoder_train"]]
+    changed = ", changed," if model["encoder_train"] == "full" else ""
+    return _ENCODER.format(
+        name=clean(model["encoder"]), train=trained, sha256=clean(model["encoder_sha256"]), changed=changed
+    )
 
 
 def license_notice(licenses: dict[str, dict[str, Any]]) -> str:

@@ -139,8 +139,22 @@ class DataConfig(Section):
         default="auto", description="folder for groups of remote shards; auto: as stage_dir; empty: none"
     )
     cache_gb: float = Field(default=50.0, gt=0, description="of that folder, about")
+    features: str = Field(
+        default="",
+        description="cached features of a frozen encoder in place of tiles (launch/features.py makes them): a folder, "
+        "or auto for the one beside the shards; empty: none",
+    )
     remote_timeout_s: float = Field(default=60.0, gt=0, description="of one request")
     remote_retries: int = Field(default=5, ge=0, description="of a request that failed, each after twice the wait")
+
+
+class EncoderConfig(Section):
+    """The image encoder's weights; which encoder it is, and how it trains, says the model."""
+
+    weights: str = Field(
+        default="",
+        description="a local file, safetensors or a .pth or .bin that holds tensors alone; empty: from scratch",
+    )
 
 
 class MaskConfig(Section):
@@ -275,6 +289,7 @@ class RunConfig(Section):
     log_every: int = Field(default=1, ge=1, description="steps between log lines")
     data: DataConfig
     model: ModelConfig = ModelConfig()
+    encoder: EncoderConfig = EncoderConfig()
     mask: MaskConfig = MaskConfig()
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
@@ -283,6 +298,16 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     stop: StopConfig = StopConfig()
+
+    @model_validator(mode="after")
+    def _features_of_a_frozen_encoder(self) -> Self:
+        if self.data.features and self.model.encoder_train != "frozen":
+            raise ValueError(
+                "data.features: features are cached of a frozen encoder alone; set model.encoder_train=frozen"
+            )
+        if self.model.image_target == "feature" and not self.data.features:
+            raise ValueError("model.image_target=feature needs cached features; set data.features=auto")
+        return self
 
     @field_validator("model", mode="before")
     @classmethod
@@ -386,5 +411,6 @@ def dump(config: Section) -> str:
     """All resolved values as YAML that `load` reads back to an equal config."""
     values = config.model_dump(mode="python")
     if isinstance(config, RunConfig):
-        values["model"] = dataclasses.asdict(config.model) | {"organs": list(config.model.organs)}
+        model = dataclasses.asdict(config.model)
+        values["model"] = {key: list(value) if isinstance(value, tuple) else value for key, value in model.items()}
     return yaml.safe_dump(values, sort_keys=False)

@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from storm import card, checkpoints, files
 from storm.genes import GeneTable, unpack_panel
-from storm.model.morphology import PIXEL_MEAN, PIXEL_SD
+from storm.model import encoders
 from storm.model.storm import Storm
 from storm.presets import ModelConfig, resolve_model
 from storm.schema import DISC, PLATFORMS, SQUARE
@@ -37,6 +37,7 @@ WEIGHTS, CONFIG, PREPROCESSOR, GENES, SUMS = (
 EXPORT_VERSION = 1
 _READ = ["model.safetensors", "model.json", "genes.tsv", "reference.json", "config.yaml"]  # of the checkpoint
 _IDENTITY = (CONFIG, PREPROCESSOR, GENES, WEIGHTS)  # what a prediction depends on
+_ANCHOR = "morphology.anchor."  # the frozen copy that the term anchor compares with: of training alone
 _LARGEST_TILE_PX = 4096  # no weight has this size, but the patches of a tile are held in memory
 # What config.json must hold for a prediction; float: finite, or a whole number.
 _FIELDS: dict[str, type] = {
@@ -83,12 +84,13 @@ def export(checkpoint: Path, out: Path, license_text: str | None = None) -> Path
     genes = GeneTable.read(checkpoint / GENES)
     if genes.hash != config["data"]["gene_hash"] or len(genes) != config["n_genes"]:
         raise ValueError(f"{checkpoint / GENES}: not the genes of this checkpoint; use another one")
-    weights = load_file(checkpoint / WEIGHTS)
+    weights = {name: w for name, w in load_file(checkpoint / WEIGHTS).items() if not name.startswith(_ANCHOR)}
     _build(config, len(genes), weights, checkpoint / WEIGHTS)
     panel_genes = int(unpack_panel(config["reference"]["panel"], len(genes)).sum())
     parameters = sum(tensor.numel() for tensor in weights.values())
     with files.replacing_folder(out) as folder:
-        (folder / WEIGHTS).write_bytes((checkpoint / WEIGHTS).read_bytes())
+        save_file(weights, folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private
         (folder / GENES).write_bytes((checkpoint / GENES).read_bytes())
         (folder / CONFIG).write_bytes(files.dump_json(config))
         (folder / PREPROCESSOR).write_bytes(files.dump_json(_preprocessor(config["model"])))
@@ -113,9 +115,10 @@ def _config(checkpoint: Path, marker: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preprocessor(model: dict[str, Any]) -> dict[str, Any]:
+    mean, sd = encoders.pixel_statistics(resolve_model(model))
     return {
         "tile_px": model["tile_px"], "tile_mpp": model["tile_mpp"], "channels": "RGB", "dtype": "uint8",
-        "pixel_mean": list(PIXEL_MEAN), "pixel_sd": list(PIXEL_SD),
+        "pixel_mean": list(mean), "pixel_sd": list(sd),
     }  # fmt: skip
 
 
@@ -131,7 +134,10 @@ def _build(config: dict[str, Any], n_genes: int, weights: dict[str, torch.Tensor
         sizes = resolve_model(config["model"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source.parent}: its model config is not valid ({error}); {cure}") from None
-    least, held = _least(sizes, n_genes), sum(tensor.numel() for tensor in weights.values())
+    try:
+        least, held = _least(sizes, n_genes), sum(tensor.numel() for tensor in weights.values())
+    except ValueError as error:  # of its encoder: timm is missing, or knows no such model
+        raise ValueError(f"{source.parent}: {error}") from None
     if least > held or sizes.tile_px > _LARGEST_TILE_PX:
         fact = f"model config: tiles of {sizes.tile_px} px and more than {least} weights; it holds {held}"
         raise ValueError(f"{source}: weights of another model ({fact}); {cure}")
@@ -150,9 +156,11 @@ def _token_weights(sizes: ModelConfig) -> int:
 
 def _least(sizes: ModelConfig, n_genes: int) -> int:
     """A number of weights that such a model surely exceeds: what is loaded bounds what is built."""
+    own = sizes.encoder == "vit"
     return max(
-        sizes.image_depth * sizes.image_width**2, sizes.fusion_depth * sizes.fusion_width**2,
-        sizes.space_depth * sizes.space_width**2, _token_weights(sizes), 3 * sizes.patch_px**2 * sizes.image_width,
+        sizes.image_depth * sizes.image_width**2 if own else encoders.parameters(sizes),
+        sizes.fusion_depth * sizes.fusion_width**2, sizes.space_depth * sizes.space_width**2, _token_weights(sizes),
+        3 * sizes.patch_px**2 * sizes.image_width if own else 0,
         n_genes * (sizes.gene_width + sizes.descriptor_width), sizes.registers * sizes.space_width,
     )  # fmt: skip
 

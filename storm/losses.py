@@ -151,8 +151,12 @@ def depth(outputs: Batch, batch: Batch) -> Term:
 
 
 def image(outputs: Batch, batch: Batch) -> Term:
-    """Squared error of the stain statistics of hidden tiles: mean over statistics, sum over tiles."""
-    return over((wide(outputs["tile_stats"]) - batch["tile_target"]).square().mean(-1), batch["tile_hidden"])
+    """Squared error of the stain statistics of hidden tiles, or of their features where the model regresses these: mean
+    over statistics or columns, sum over tiles."""
+    told, target = (
+        ("tile_feature", "tile_feature_target") if "tile_feature" in outputs else ("tile_stats", "tile_target")
+    )
+    return over((wide(outputs[told]) - batch[target]).square().mean(-1), batch["tile_hidden"])
 
 
 def corr_pairs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,8 @@ READS = ("footprint", "tile")
 EXPRESSIONS = ("bag", "tokens")  # encoders of what a profile shows of its counts
 POSITIONS = ("rotary", "distance_bias", "none")  # how tokens of a region know where they lie
 _MAY_BE_0 = ("registers", "align_width", "space_depth", "expression_zeros", "descriptor_width")
+TIMM = "timm/"  # begins the name of an encoder that timm builds
+ENCODERS, ENCODER_TRAIN, IMAGE_TARGETS = ("vit", "colour"), ("full", "frozen", "lora"), ("stain", "feature")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class ModelConfig:
     expression_zeros: int = 64  # measured genes without a count that do
     position: str = "rotary"  # of POSITIONS
     descriptor_width: int = 0  # columns of the table that describes genes; 0: no table
+    # The tile encoder. "colour" is an ablation. Of "timm/<model>" a run sets image_width, patch_px, pixel_mean,
+    # pixel_sd and encoder_sha256 itself (storm.model.encoders.fit); its image_depth means nothing.
+    encoder: str = "vit"
+    encoder_options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of timm; launch/ENCODERS.md
+    encoder_train: str = "full"
+    encoder_sha256: str = ""  # of the file that its weights came from; empty: from scratch
+    lora_rank: int = 8
+    pixel_mean: tuple[float, ...] = ()  # of red, green, blue in [0, 1]; empty: the encoder's own
+    pixel_sd: tuple[float, ...] = ()
+    image_target: str = "stain"  # what the image loss regresses; "feature": that of a frozen encoder, from a cache
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -56,7 +68,9 @@ class ModelConfig:
         for name, known in (("expression", EXPRESSIONS), ("position", POSITIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"model.{name}={getattr(self, name)!r} is none of {', '.join(known)}")
-        for name in ("image_width", "fusion_width", "space_width", *self._token_widths):
+        self._check_encoder()
+        own = () if self.encoder.startswith(TIMM) else ("image_width",)
+        for name in (*own, "fusion_width", "space_width", *self._token_widths):
             if getattr(self, name) % self.head_width:
                 raise ValueError(f"model.{name}={getattr(self, name)} is no multiple of head_width={self.head_width}")
         if self.likelihood not in LIKELIHOODS:
@@ -66,6 +80,24 @@ class ModelConfig:
             raise ValueError(f"model.head_width={self.head_width} must be a multiple of 8 (2-D rotary pairs)")
         if self.tile_px % self.patch_px:
             raise ValueError(f"model.tile_px={self.tile_px} is no multiple of patch_px={self.patch_px}")
+
+    def _check_encoder(self) -> None:
+        timm = self.encoder.startswith(TIMM)
+        for name, known in (("encoder_train", ENCODER_TRAIN), ("image_target", IMAGE_TARGETS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"model.{name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.encoder not in ENCODERS and not timm:
+            raise ValueError(f"model.encoder={self.encoder!r} is none of {', '.join(ENCODERS)}, {TIMM}<model>")
+        if not timm and (self.encoder_options or self.encoder_train == "lora" or self.encoder_sha256):
+            raise ValueError(
+                f"model.encoder={self.encoder!r} takes no options, no lora and no weights; {TIMM}<model> does"
+            )
+        if self.image_target == "feature" and self.encoder_train != "frozen":
+            raise ValueError("model.image_target=feature: features stand still of a frozen encoder alone; set "
+                             "encoder_train=frozen, or image_target=stain")  # fmt: skip
+        for name in ("pixel_mean", "pixel_sd"):
+            if len(getattr(self, name)) not in (0, 3) or not all(0 < x < 1 for x in getattr(self, name)):
+                raise ValueError(f"model.{name}={getattr(self, name)}: three numbers between 0 and 1, or none")
 
     @property
     def _token_widths(self) -> tuple[str, ...]:
@@ -117,11 +149,13 @@ def resolve_model(values: dict[str, Any]) -> ModelConfig:
     preset = values.pop("preset", "tiny")
     if preset not in PRESETS:
         raise ValueError(f"model.preset={preset!r} is unknown{nearest(str(preset), list(PRESETS))}")
-    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    plain = ModelConfig()
+    defaults = {f.name: getattr(plain, f.name) for f in dataclasses.fields(ModelConfig)}
     for key, value in values.items():
         if key not in defaults:
             raise ValueError(f"model.{key} is no key{nearest(key, [*defaults, 'preset'])}")
-        if key == "organs":
+        kind = type(defaults[key])
+        if kind is tuple and isinstance(value, list | tuple):
             values[key] = tuple(value)
         elif isinstance(value, bool) or not isinstance(value, _types(defaults[key])):
             raise ValueError(f"model.{key}={value!r} should be of type {type(defaults[key]).__name__}")

@@ -104,6 +104,14 @@ TOKENS = {
 # And for gene descriptors:
 GENE_KEPT = {"gene_kept": ("bool", "G")}  # the genes whose own embedding takes part in this step
 
+# In place of "tiles" where features of a frozen encoder are cached; D image width.
+FEATURES = {
+    "profile_feature": ("float32", "R N 2 D"),  # under the footprint and over the window; 0 where not valid
+    "profile_valid": ("float32", "R N 2"),  # share of each that could be read; 0 where it touches a hidden tile
+    "tile_feature": ("float32", "T D"),  # summaries of the encoded tiles; a dummy of zeros where a batch has none
+    "tile_feature_target": ("float32", "R C D"),  # standardised feature of hidden tiles; 0 elsewhere
+}
+
 LOGNORM_SCALE = 1e4  # lognorm is log1p of counts that are brought to this sum
 APART_UM = 150.0  # nearer profiles are too much alike to be told apart
 # What the image loss regresses, per tile: means and spreads of the two stains, shares of nuclear and of tissue pixels.

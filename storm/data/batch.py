@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from storm.data import stain, tokens
+from storm.data import features, stain, tokens
+from storm.data.features import Cached
 from storm.data.outline import sample_points
 from storm.data.tile import decode_tile
 from storm.data.view import Mask, View
@@ -109,8 +110,9 @@ def top_genes(spec: BatchSpec, number: int) -> Ints:
 
 
 def collate(
-    groups: list[Group], views: list[View], spec: BatchSpec, genes: Ints | None = None, kept: Mask | None = None
-) -> dict[str, torch.Tensor]:
+    groups: list[Group], views: list[View], spec: BatchSpec, genes: Ints | None = None, kept: Mask | None = None,
+    cached: list[Cached] | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """The batch of some groups as `schema.BATCH` says.
 
     Args:
@@ -119,6 +121,7 @@ def collate(
         spec: panels, organs, shares.
         genes: [K] what `loss_genes` drew; None = the whole vocabulary.
         kept: [G] the genes whose own embedding takes part, of a model with descriptors; None = all.
+        cached: features of each group, in place of its tiles, as its view shows them.
 
     Raises:
         ValueError: a tile of another size, or a panel that the spec does not know; the slide is named.
@@ -126,8 +129,10 @@ def collate(
     genes = np.arange(spec.n_genes) if genes is None else np.asarray(genes, dtype=np.int64)
     layout = _lay_out(groups, views)
     _regions(layout, spec)
-    _tiles(layout, spec)
+    _tiles(layout, spec, decode=cached is None)
     _profiles(layout)
+    if cached is not None:
+        features.entries(groups, views, cached, layout.out, [(part.region, part.slot) for part in layout.parts])
     _inputs(layout, spec)
     _contrast(layout)
     _targets(layout, spec, genes)
@@ -196,15 +201,17 @@ def _regions(layout: _Layout, spec: BatchSpec) -> None:
         organ[own] = organs.get(meta.organ, 0) if view.tell_organ else 0
 
 
-def _tiles(layout: _Layout, spec: BatchSpec) -> None:
-    """The image entries; pixels are jittered and turned, the targets of hidden tiles are of the tile as it is."""
+def _tiles(layout: _Layout, spec: BatchSpec, decode: bool) -> None:
+    """The image entries; pixels are jittered and turned, the targets of hidden tiles are of the tile as it is. Without
+    `decode` neither: cached features take their place."""
     present, hidden = (layout.zeros(name, bool, layout.c) for name in ("tile_present", "tile_hidden"))
     target = layout.zeros("tile_target", np.float32, layout.c, len(TILE_STATS))
     position = layout.zeros("tile_pos_um", np.float32, layout.c, 2)
     at = layout.zeros("tile_at", np.int64, layout.rows, layout.cols)
     at[...] = -1
     encoded = sum(len(part.group.tiles.keys() - part.view.hidden_tiles) for part in layout.parts)
-    pixels = np.zeros((max(1, encoded), spec.tile_px, spec.tile_px, 3), np.uint8)  # a dummy where there is none
+    packed = max(1, encoded)  # a dummy where there is none
+    pixels = np.zeros((packed if decode else 0, spec.tile_px, spec.tile_px, 3), np.uint8)
     slots: list[int] = []
     for part in layout.parts:
         table = None if part.view.stain is None else stain.jitter_table(part.view.stain)
@@ -217,15 +224,21 @@ def _tiles(layout: _Layout, spec: BatchSpec) -> None:
             source = f"slide {part.group.meta.slide}: tile {place}"
             if place in part.view.hidden_tiles:
                 hidden[region, c] = True
-                target[region, c] = stain.tile_statistics(decode_tile(part.group.tiles[place], spec.tile_px, source))
+                if decode:
+                    jpeg = part.group.tiles[place]
+                    target[region, c] = stain.tile_statistics(decode_tile(jpeg, spec.tile_px, source))
                 continue
             at[region, row, col] = len(slots)
-            tile = decode_tile(part.group.tiles[place], spec.tile_px, source, out=pixels[len(slots)])
-            if table is not None or part.view.flip or part.view.turns:
-                pixels[len(slots)] = _turn_pixels(tile if table is None else stain.restain(tile, table), part.view)
             slots.append(region * layout.c + c)
-    layout.out["tiles"] = pixels
-    layout.out["tile_weight"] = np.full(len(pixels), float(encoded > 0), np.float32)
+            if not decode:
+                continue
+            tile = decode_tile(part.group.tiles[place], spec.tile_px, source, out=pixels[len(slots) - 1])
+            if table is not None or part.view.flip or part.view.turns:
+                turned = _turn_pixels(tile if table is None else stain.restain(tile, table), part.view)
+                pixels[len(slots) - 1] = turned
+    if decode:
+        layout.out["tiles"] = pixels
+    layout.out["tile_weight"] = np.full(packed, float(encoded > 0), np.float32)
     layout.out["tile_slot"] = np.array(slots or [-1], np.int64)
 
 

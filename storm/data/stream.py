@@ -26,10 +26,11 @@ from storm.config import DataConfig, MaskConfig
 from storm.data import mixture, places
 from storm.data.batch import BatchSpec, collate, loss_genes
 from storm.data.corpus import WINDOW_SHARDS, Corpus, Groups, window_shards
+from storm.data.features import FeatureStore
 from storm.data.order import Order, Place, Position, accumulation
 from storm.data.remote import RemoteError
 from storm.data.tile import decode_tiles
-from storm.data.view import draw_sample
+from storm.data.view import View, draw_sample
 
 Batch = dict[str, torch.Tensor]
 
@@ -68,8 +69,10 @@ class Fault(NamedTuple):
 class Loader(Dataset):
     """Work -> Loaded: reads, shows and collates groups. Pickled to loader processes."""
 
-    def __init__(self, groups: Groups, spec: BatchSpec, mask: MaskConfig, seed: int) -> None:
-        self.groups, self.spec, self.mask, self.seed = groups, spec, mask, seed
+    def __init__(
+        self, groups: Groups, spec: BatchSpec, mask: MaskConfig, seed: int, features: FeatureStore | None = None
+    ) -> None:
+        self.groups, self.spec, self.mask, self.seed, self.features = groups, spec, mask, seed, features
 
     def __getitem__(self, work: Work) -> Loaded | Fault:
         began = time.perf_counter()
@@ -82,22 +85,39 @@ class Loader(Dataset):
     def load(self, work: Work) -> tuple[Batch, list[str]]:
         """(batch, faults of the groups that were replaced). Raises ValueError for a group that is not replaced."""
         try:
-            return self._collate(work, self.groups.read([place.group for place in work.places])), []
+            numbers = [place.group for place in work.places]
+            return self._collate(work, self.groups.read(numbers), numbers), []
         except RemoteError:
             raise
         except ValueError as error:
             if not work.others:
                 raise self._named(work, error) from None
         found = [self.sound(place, others) for place, others in zip(work.places, work.others, strict=True)]
-        return self._collate(work, [group for group, _ in found]), [fault for _, faults in found for fault in faults]
+        faults = [fault for _, _, several in found for fault in several]
+        return self._collate(work, [group for group, _, _ in found], [number for _, number, _ in found]), faults
 
-    def _collate(self, work: Work, groups: list[schema.Group]) -> Batch:
+    def _collate(self, work: Work, groups: list[schema.Group], numbers: list[int]) -> Batch:
+        """The batch of `groups`, which have these numbers, at the places of `work`."""
         shown = [
             draw_sample(group, self.mask, (self.seed, place.epoch, place.number), self.spec.panel(group))
             for group, place in zip(groups, work.places, strict=True)
         ]
-        groups, views = zip(*shown, strict=True)
-        return collate(list(groups), list(views), self.spec, self.genes(work.step), self.kept(work.step))
+        pick = self.features.pick if self.features else lambda *_: 0
+        variants = [pick(self.seed, place.epoch, place.number) for place in work.places]
+        return self.with_features(
+            [group for group, _ in shown], [view for _, view in shown], numbers, variants, self.genes(work.step),
+            self.kept(work.step),
+        )  # fmt: skip
+
+    def with_features(
+        self, groups: list[schema.Group], views: list[View], numbers: list[int], variants: list[int],
+        genes: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_] | None = None,
+    ) -> Batch:  # fmt: skip
+        """The batch of groups in these variants of their cached features; without a cache, of their tiles."""
+        if self.features is None:
+            return collate(groups, views, self.spec, genes, kept)
+        shown = [self.features.show(*one) for one in zip(views, numbers, variants, strict=True)]
+        return collate(groups, [view for view, _ in shown], self.spec, genes, kept, [cached for _, cached in shown])
 
     def _named(self, work: Work, error: ValueError) -> ValueError:
         """The error with the shard and key of the group at fault, where it is that of a group's tiles."""
@@ -109,8 +129,8 @@ class Loader(Dataset):
                 return ValueError(f"{self.groups.source(place.group)}: {fault}")
         return error
 
-    def sound(self, place: Place, others: list[Place]) -> tuple[schema.Group, list[str]]:
-        """The group of a place, or the first sound one of those that stand in, and the faults before it.
+    def sound(self, place: Place, others: list[Place]) -> tuple[schema.Group, int, list[str]]:
+        """The group of a place, or the first sound one of those that stand in, its number, and the faults before it.
 
         Raises:
             StreamError: all are damaged.
@@ -129,7 +149,7 @@ class Loader(Dataset):
             except ValueError as error:
                 faults.append(f"{self.groups.source(one.group)}: {error}")
             else:
-                return group, faults
+                return group, one.group, faults
         raise StreamError(f"{len(faults)} groups in a row are damaged, the first: {faults[0]}")
 
     def genes(self, step: int) -> npt.NDArray[np.int64]:
@@ -149,7 +169,7 @@ class GroupStream:
 
     def __init__(
         self, corpus: Corpus, spec: BatchSpec, mask: MaskConfig, data: DataConfig, seed: int,
-        rank: int = 0, world: int = 1,
+        rank: int = 0, world: int = 1, features: FeatureStore | None = None,
     ) -> None:  # fmt: skip
         """Fix the order.
 
@@ -167,7 +187,7 @@ class GroupStream:
                 f"{corpus.name}: {self.order.groups} groups fill no batch of data.global_batch_size={size}; lower it, "
                 "or set data.last_batch=span"
             )
-        self.loader = Loader(corpus.groups, spec, mask, seed)
+        self.loader = Loader(corpus.groups, spec, mask, seed, features)
 
     def __len__(self) -> int:
         """Micro-batches of one rank in an epoch, rounded up; the row itself has no end."""

@@ -2,7 +2,9 @@
 
 In: a ModelConfig, the length of the vocabulary, the sizes of a batch. Out: {level: number}. A FLOP is a multiplication
 or an addition of a matrix product, as torch's FlopCounterMode counts them; norms, softmax, sampling under footprints
-and the losses are left out, and so is what activation checkpointing or a fused attention computes twice.
+and the losses are left out, and so is what activation checkpointing or a fused attention computes twice. An encoder of
+timm's has no formula here: its forward pass is counted once on the meta device (storm.model.encoders.facts), and its
+backward pass is taken as twice that, with LoRA as once that, frozen as nothing.
 
 Levels: morphology (tiles), expression (counts, footprints, fusion), space (regions), heads.
 """
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from storm.model import encoders
 from storm.model.layers import hidden_width
 from storm.presets import ModelConfig
 from storm.schema import PLATFORMS, TILE_STATS
@@ -51,7 +54,7 @@ def sizes(batch: dict[str, Tensor], registers: int, padded: bool = False) -> Siz
     regions, width = len(present), registers + present.shape[1] + profile.shape[1]
     m = registers + len(batch["context_slots"])
     return Sizes(
-        len(batch["tiles"]), present.numel(), profile.numel(), regions * width, regions * m, regions * width * m,
+        len(batch["tile_weight"]), present.numel(), profile.numel(), regions * width, regions * m, regions * width * m,
         len(batch["genes"]), *shown,
     )  # fmt: skip
 
@@ -72,13 +75,15 @@ def parameters(config: ModelConfig, n_genes: int) -> dict[str, int]:
     slopes = space // config.head_width if config.position == "distance_bias" and config.space_depth else 0
     tables = (PARTS - 1) + len(PLATFORMS) + (1 + len(config.organs))  # absent, platform, organ
     return {
-        "morphology": _linear(3 * config.patch_px**2, image) + _transformer(config.image_depth, image, config),
+        "morphology": encoders.parameters(config) if config.encoder != "vit"
+        else _linear(3 * config.patch_px**2, image) + _transformer(config.image_depth, image, config),
         "expression": genes + _encoder(config) + 2 * _linear(image, fusion) + small + tables * fusion
         + _transformer(config.fusion_depth, fusion, config) + _linear(fusion, space),
         "space": _linear(image, space) + (1 + config.registers) * space + slopes
         + _transformer(config.space_depth, space, config),
         "heads": space * gene + n_genes * (1 + TOLD) + _noise_tables(config, n_genes) + _align(config)
-        + _linear(space + TOLD, space) + _linear(space, 2) + _linear(space, len(TILE_STATS)),
+        + _linear(space + TOLD, space) + _linear(space, 2) + _linear(space, len(TILE_STATS))
+        + (_linear(space, image) if config.image_target == "feature" else 0),
     }  # fmt: skip
 
 
@@ -117,9 +122,17 @@ def forward(config: ModelConfig, size: Sizes) -> dict[str, float]:
     return {level: 2 * (whole + first) for level, (whole, first) in _products(config, size).items()}
 
 
-def training(config: ModelConfig, size: Sizes) -> dict[str, float]:
-    """FLOPs of one forward and one backward pass: thrice the forward pass, twice for products with the input itself."""
-    return {level: 2 * (3 * whole + 2 * first) for level, (whole, first) in _products(config, size).items()}
+def training(config: ModelConfig, size: Sizes, encoded: bool = True) -> dict[str, float]:
+    """FLOPs of one forward and one backward pass: thrice the forward pass, twice for products with the input itself.
+
+    `encoded`: the tiles were, and did not come as cached features.
+    """
+    products = _products(config, size)
+    found = {level: 2 * (3 * whole + 2 * first) for level, (whole, first) in products.items()}
+    whole, first = products["morphology"]
+    anchor = whole if encoders.is_anchored(config) else 0.0
+    passes = {"full": 3 * whole + 2 * first, "lora": 2 * whole, "frozen": whole + first}
+    return found | {"morphology": 2 * (passes[config.encoder_train] + anchor) if encoded else 0.0}
 
 
 def _products(config: ModelConfig, size: Sizes) -> dict[str, tuple[float, float]]:
@@ -133,8 +146,12 @@ def _products(config: ModelConfig, size: Sizes) -> dict[str, tuple[float, float]
     heads = space * gene + gene * size.genes + (space + TOLD) * space + 2 * space
     heads += (image + fusion) * config.align_width
     pixels = 3 * config.patch_px**2
+    encoder = {
+        "vit": (config.image_depth * _block(image, patches, patches, pairs), patches * pixels * image),
+        "colour": (0.0, size.tiles * encoders.ColourEncoder.STATISTICS * image),
+    }
     return {
-        "morphology": (config.image_depth * _block(image, patches, patches, pairs), patches * pixels * image),
+        "morphology": encoder.get(config.encoder) or (size.tiles * encoders.facts(config).flops / 2, 0.0),
         "expression": (
             size.profiles * fused + encoded + config.fusion_depth * _block(fusion, parts, parts, PARTS * parts),
             size.profiles * 5 * fusion + first,
@@ -143,7 +160,7 @@ def _products(config: ModelConfig, size: Sizes) -> dict[str, tuple[float, float]
             size.tiles * image * space + config.space_depth * _block(space, size.tokens, size.context, size.pairs), 0.0
         ),
         "heads": (
-            size.profiles * heads + size.slots * space * len(TILE_STATS),
+            size.profiles * heads + size.slots * space * (len(TILE_STATS) + image * (config.image_target == "feature")),
             size.profiles * (TOLD + 1) + size.genes * config.descriptor_width * gene,
         ),
     }  # fmt: skip
@@ -173,7 +190,7 @@ def activation_bytes(config: ModelConfig, size: Sizes, bf16: bool, checkpointing
     """
     patches = size.tiles * (config.tile_px // config.patch_px) ** 2
     levels = [
-        (config.image_depth, patches, config.image_width),
+        (0 if config.encoder_train == "frozen" else config.image_depth, patches, config.image_width),
         (config.expression_depth, size.shown, config.expression_width),
         (config.fusion_depth, PARTS * size.profiles, config.fusion_width),
         (config.space_depth, size.tokens, config.space_width),

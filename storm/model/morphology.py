@@ -33,7 +33,7 @@ class TileEncoder(nn.Module):
         centre_um = (torch.arange(config.tile_px // config.patch_px) + 0.5) * config.patch_um
         y, x = torch.meshgrid(centre_um, centre_um, indexing="ij")
         self.register_buffer("patch_xy_um", torch.stack([x, y], -1).flatten(0, 1), persistent=False)
-        mean, sd = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_SD)
+        mean, sd = torch.tensor(config.pixel_mean or PIXEL_MEAN), torch.tensor(config.pixel_sd or PIXEL_SD)
         self.register_buffer("pixel_scale", (1 / (255 * sd)).repeat(config.patch_px**2), persistent=False)
         self.register_buffer("pixel_shift", (-mean / sd).repeat(config.patch_px**2), persistent=False)
 

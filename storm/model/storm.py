@@ -9,6 +9,8 @@ In: a batch (storm.schema.BATCH, and TOKENS and GENE_KEPT where the config asks 
     depth_mean      [R, N]      slide-centred log density of counts, and
     depth_log_var   [R, N]      its log variance
     tile_stats      [R, C, S]   stain statistics, meant for hidden tiles
+    tile_feature    [R, C, D]   with image_target=feature in their place in the loss: the standardised encoder feature
+    tile_anchor     [T]         of an encoder that trains from given weights: cosine of its summary to that of the start
     embedding       [R, N, D]   the profile's vector, as exported
     align_image, align_expression [R, N, A]   unit vectors of window and counts, and
     align_scale     []          the scale of their products (with an align_width)
@@ -23,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from storm.model.align import Align
+from storm.model.encoders import TimmEncoder, tile_encoder
 from storm.model.expression import GeneEmbedding, expression_encoder
 from storm.model.footprint import FootprintReader
 from storm.model.heads import Decoder, DepthHead, TileHead
-from storm.model.layers import Transformer, initialise
-from storm.model.morphology import TileEncoder
+from storm.model.layers import Transformer, ZeroLinear, initialise
 from storm.model.spatial import Space
 from storm.presets import ModelConfig
 from storm.schema import PLATFORMS
@@ -78,15 +80,18 @@ class Storm(nn.Module):
         n_genes: length of the vocabulary, G.
         seed: of the initial weights, which are the same on every rank.
         activation_checkpointing: recompute each block's activations in the backward pass.
+        anchored: tell `tile_anchor`; of an encoder that trains from weights it was given.
     """
 
     def __init__(
-        self, config: ModelConfig, n_genes: int, seed: int = 0, activation_checkpointing: bool = False
-    ) -> None:
+        self, config: ModelConfig, n_genes: int, seed: int = 0, activation_checkpointing: bool = False,
+        anchored: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):  # torch's constructors draw from the global state; leave it as it was
-            self.morphology = TileEncoder(config, activation_checkpointing)
+            torch.manual_seed(seed)  # of what timm draws itself
+            self.morphology = tile_encoder(config, activation_checkpointing, anchored)
             self.footprint = FootprintReader(config)
             self.genes = GeneEmbedding(n_genes, config.gene_width, config.descriptor_width)
             self.expression = expression_encoder(config, activation_checkpointing)
@@ -98,6 +103,8 @@ class Storm(nn.Module):
             self.depth = DepthHead(config)
             self.tile_stats = TileHead(config)
             self.align = Align(config) if config.align_width else None
+            by_feature = config.image_target == "feature"
+            self.tile_feature = ZeroLinear(config.space_width, config.image_width) if by_feature else None
         initialise(self, seed)
 
     @torch.no_grad()
@@ -114,8 +121,7 @@ class Storm(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """See the module's docstring."""
-        map_TPD, summary_TD = self.morphology(batch["tiles"], batch["tile_weight"])
-        feature_RN2D, valid_RN2 = self.footprint(map_TPD, batch)
+        feature_RN2D, valid_RN2, summary_TD = self._morphology(batch)
         expression_RNF, content_RNF = self.expression(self.genes, batch)
         profiles_RND = self.fusion(feature_RN2D, valid_RN2, expression_RNF, batch)
 
@@ -127,7 +133,7 @@ class Storm(nn.Module):
 
         rows_KE = self.genes(batch["genes"], kept=batch.get("gene_kept"))
         depth_mean, depth_log_var = self.depth(h_RND, batch["platform"])
-        return {
+        found = {
             **self.decoder(h_RND, rows_KE, batch),
             "depth_mean": depth_mean,
             "depth_log_var": depth_log_var,
@@ -135,6 +141,21 @@ class Storm(nn.Module):
             "embedding": h_RND,
             **(self.align(feature_RN2D[:, :, 1], content_RNF) if self.align else {}),
         }
+        if self.tile_feature is not None:
+            found["tile_feature"] = self.tile_feature(tiles_RCD)
+        if isinstance(self.morphology, TimmEncoder) and self.morphology.anchored:
+            found["tile_anchor"] = self.morphology.similarity(batch["tiles"], summary_TD)
+        return found
+
+    def _morphology(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [R, N, 2, D] of profiles, their valid share [R, N, 2], summaries [T, D] of tiles.
+
+        From pixels, or where the batch comes with cached features (schema.FEATURES) from these, on every rank alike.
+        """
+        if "tile_feature" in batch:
+            return batch["profile_feature"], batch["profile_valid"], batch["tile_feature"]
+        map_TPD, summary_TD = self.morphology(batch["tiles"], batch["tile_weight"])
+        return *self.footprint(map_TPD, batch), summary_TD
 
     @torch.no_grad()
     def unseen(self, h_RND: Tensor, batch: dict[str, Tensor], descriptor_UC: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from storm import descriptors, losses
+from storm import losses
 from storm.config import RunConfig, dump
 from storm.data.batch import BatchSpec, collate, loss_genes, spec_of
 from storm.data.corpus import Corpus, open_corpus
@@ -25,7 +25,7 @@ from storm.model.storm import Storm
 from storm.presets import ModelConfig
 from storm.schema import DISC, Group, GroupMeta, Profiles, RegionMeta
 from storm.train import capacity
-from storm.train.trainer import NotFiniteError, fit_model
+from storm.train.trainer import NotFiniteError
 
 _CPU_FLOPS, _CPU_TILES, _CPU_PROFILES = 2e11, 4, 16
 _GENES_SEEN = 0.2  # share of the panel's genes with counts in a profile of the synthetic batch
@@ -40,8 +40,7 @@ def dry_run(config: RunConfig, ranks: int) -> str:
         NotFiniteError: the synthetic batch gave no finite loss or gradient.
     """
     shards = open_corpus(config.data)
-    model, _ = descriptors.fit(fit_model(config.model, shards), config.data.descriptors)
-    config = config.model_copy(update={"model": model})
+    config = fitted(config, shards)
     tiles, profiles = (np.concatenate([getattr(part.index, name) for part in shards.groups.parts])
                        for name in ("tiles", "profiles"))  # fmt: skip
     micro = config.data.micro_batch_size

@@ -252,16 +252,28 @@ class Engine:
         """Name -> global gradient, after the last backward and before `step`; all ranks must call it."""
         from deepspeed.utils import safe_get_full_grad
 
-        return {name: safe_get_full_grad(p).detach().clone() for name, p in self.model.named_parameters()}
+        return {name: safe_get_full_grad(p).detach().clone() for name, p in self._trained()}
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are not frozen, by name: only these have a gradient and moments."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _kept(self) -> list[tuple[str, Tensor]]:
+        """Buffers that are of the model's state, as the statistics of a BatchNorm; whole on every rank."""
+        parameters = dict(self.model.named_parameters())
+        return [
+            (name, tensor) for name, tensor in self.model.state_dict(keep_vars=True).items() if name not in parameters
+        ]
 
     def own_norm(self, batch: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
         """Norm of the gradient of `loss(outputs)` for a batch of this rank alone; the gradient of the step stays as it
         is. All ranks must call it as often."""
         if self.stage == 3:
-            over = list(self.model.parameters())
+            over = [p for _, p in self._trained()]
             outputs = self._engine(batch)
         else:  # through copies: DeepSpeed's hooks on the parameters would add the gradient to the step's
-            copies = {name: p.detach().requires_grad_() for name, p in self._engine.module.named_parameters()}
+            trained = {name: p for name, p in self._engine.module.named_parameters() if p.requires_grad}
+            copies = {name: p.detach().requires_grad_() for name, p in trained.items()}
             over = list(copies.values())
             outputs = torch.func.functional_call(self._engine.module, copies, (batch,))
         found = torch.autograd.grad(loss(outputs), over, allow_unused=True)
@@ -281,13 +293,8 @@ class Engine:
                 if self.world.rank == 0:
                     found[name] = parameter.detach().float().cpu().clone()
         if self.world.rank == 0:
-            found |= {name: buffer.detach().cpu().clone() for name, buffer in self._tables()}
+            found |= {name: tensor.detach().cpu().clone() for name, tensor in self._kept()}
         return found
-
-    def _tables(self) -> list[tuple[str, Tensor]]:
-        """The buffers that belong to the model's state; no stage divides them."""
-        kept = self.model.state_dict().keys()
-        return [(name, buffer) for name, buffer in self.model.named_buffers() if name in kept]
 
     def moments(self) -> dict[str, Tensor]:
         """This rank's share of AdamW's moments, whole tensors in fp32 on the CPU: 'exp_avg/<parameter>' -> tensor.
@@ -297,7 +304,7 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         found = {}
-        for i, (name, parameter) in enumerate(self.model.named_parameters()):
+        for i, (name, parameter) in enumerate(self._trained()):
             for moment in MOMENTS:
                 if self.stage:
                     whole = safe_get_full_optimizer_state(parameter, moment)
@@ -320,8 +327,8 @@ class Engine:
             with self._whole(parameter, writer=0):
                 if self.stage < 3 or self.world.rank == 0:
                     parameter.copy_(read(name))
-        for name, buffer in self._tables():
-            buffer.copy_(read(name))
+        for name, tensor in self._kept():
+            tensor.copy_(read(name))
         if self.stage:
             self._engine.optimizer.refresh_fp32_params()
 
@@ -335,7 +342,7 @@ class Engine:
         self.set_weights(read)
         for state in self._optimizer.state.values():
             state["step"].fill_(step)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             for moment in MOMENTS:
                 self._set_moment(parameter, moment, read(f"{moment}/{name}").to(self.world.device))
 
@@ -357,7 +364,7 @@ class Engine:
         the first parameter group alone, because the others have not stepped yet when it does."""
         zero = self._engine.optimizer
         if self.stage == 0:
-            moved = list(self.model.parameters())
+            moved = [p for _, p in self._trained()]
         else:
             moved = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for tensor in moved:

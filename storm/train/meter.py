@@ -90,7 +90,7 @@ class Meter:
     def count(self, batch: dict[str, Tensor], keys: list[str]) -> None:
         """Add a micro-batch, still on the host, of the groups `keys`."""
         size = flops.sizes(batch, self._model.registers)
-        self._sums["flops"] += sum(flops.training(self._model, size).values())
+        self._sums["flops"] += sum(flops.training(self._model, size, "tiles" in batch).values())
         self._sums["profiles"] += size.profiles
         self._sums["tiles"] += size.tiles
         of_group = torch.zeros(len(keys), dtype=torch.int64).index_add(

@@ -9,11 +9,13 @@ from storm.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and norms, biases and embeddings, which do not."""
+    """Two groups of what trains: matrices, which decay, and norms, biases and embeddings, which do not."""
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
             still = parameter.ndim < 2 or isinstance(module, nn.Embedding)
             (rest if still else decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

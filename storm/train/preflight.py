@@ -64,7 +64,9 @@ def needs(config: RunConfig, shards: list[Path]) -> node.Needs:
     run_bytes = 0.0
     if shards:
         first = ShardSet(shards[0])
-        parameters = sum(flops.parameters(fit_model(config.model, first), len(first.genes)).values())
+        parameters = sum(
+            flops.parameters(fit_model(config.model, first, config.encoder.weights), len(first.genes)).values()
+        )
         run_bytes = (config.checkpoint.keep_last + 1) * 3 * capacity.FP32 * parameters
     workers = config.data.workers
     return node.Needs(workers if isinstance(workers, int) else 0, run_bytes, config.engine.precision == "bf16")

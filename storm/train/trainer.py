@@ -17,7 +17,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,16 @@ from torch import Tensor
 
 from storm import checkpoints, descriptors, files, losses
 from storm.config import RunConfig, dump
-from storm.data.batch import spec_of
+from storm.data.batch import BatchSpec, spec_of
 from storm.data.corpus import Corpus, open_corpus
 from storm.data.stream import Batch, GroupStream, batches
 from storm.genes import GeneTable
 from storm.losses import TERMS
+from storm.model import encoders
 from storm.model.storm import Storm
 from storm.presets import ModelConfig
 from storm.shards import MANIFEST, ShardSet
-from storm.train import checkpoint, engine, ranks, stop
+from storm.train import checkpoint, engine, feature_cache, ranks, stop
 from storm.train.meter import Meter
 from storm.train.metrics import PARTS, RunLog, means, tagged
 from storm.train.optim import learning_rate
@@ -94,11 +95,11 @@ def pretrain(
         engine.disconnect()
 
 
-def fit_model(model: ModelConfig, shards: Corpus | ShardSet) -> ModelConfig:
-    """The model's config with the shards' geometry and organs.
+def fit_model(model: ModelConfig, shards: Corpus | ShardSet, weights: str = "") -> ModelConfig:
+    """The model's config with the shards' geometry and organs, and what its encoder gives.
 
     Raises:
-        ValueError: the config asks for another geometry than that of the shards.
+        ValueError: the config asks for another geometry than that of the shards, or its encoder is not to be had.
     """
     manifest = shards.manifest
     found = {"tile_px": manifest["tile_px"], "tile_mpp": manifest["tile_mpp"], "organs": tuple(manifest["organs"])}
@@ -109,7 +110,38 @@ def fit_model(model: ModelConfig, shards: Corpus | ShardSet) -> ModelConfig:
                 f"{shards.folder / MANIFEST}: {field.name} is {found[field.name]}, the config asks for {asked}; "
                 f"leave model.{field.name} out, or pack again"
             )
-    return dataclasses.replace(model, **found)
+    return encoders.fit(dataclasses.replace(model, **found), weights)
+
+
+def build(config: RunConfig, shards: Corpus) -> tuple[Storm, BatchSpec]:
+    """The model that a run begins with, its config fitted to the shards, and what its batches are made with.
+
+    Raises:
+        ValueError: the encoder's weights do not fit, or the gene table has no shares.
+    """
+    share, model = shards.genes.share, config.model
+    if share is None:
+        raise ValueError(f"{shards.name}: the gene table has no column `share`; pack again")
+    checkpointing, anchored = config.engine.activation_checkpointing, encoders.is_anchored(model)
+    network = Storm(model, len(shards.genes), config.seed, checkpointing, anchored)
+    network.set_gene_bias(torch.from_numpy(np.log(share)).float())
+    if isinstance(network.morphology, encoders.TimmEncoder) and config.encoder.weights:
+        network.morphology.load(Path(config.encoder.weights))
+    return network, spec_of(model, shards.panels, share)
+
+
+def fitted(config: RunConfig, shards: Corpus) -> RunConfig:
+    """The config with its model fitted to the shards; with cached features without what these cannot follow."""
+    model, _ = descriptors.fit(fit_model(config.model, shards, config.encoder.weights), config.data.descriptors)
+    mask = feature_cache.without_pixels(config.mask)[0] if config.data.features else config.mask
+    return config.model_copy(update={"model": model, "mask": mask})
+
+
+def cache_features(config: RunConfig, variants: int, splits: Sequence[str]) -> list[Path]:
+    """Write the features of a run's frozen encoder beside its shards; see storm.train.feature_cache."""
+    shards = open_corpus(config.data)
+    config = fitted(config, shards)
+    return feature_cache.make(config, *build(config, shards), variants, splits)
 
 
 def reference(corpus: Corpus, seed: int) -> dict[str, Any]:
@@ -143,25 +175,27 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: engine.World) -> None:
         shards = open_corpus(config.data)
-        share = shards.genes.share
-        if share is None:
-            raise ValueError(f"{shards.name}: the gene table has no column `share`; pack again")
-        fitted, table = descriptors.fit(fit_model(config.model, shards), config.data.descriptors)
-        self.config = config.model_copy(update={"model": fitted})
+        self.config = fitted(config, shards)
         self.world, self.run_dir, self.step = world, Path(config.run_dir), 0
         self.requests = stop.Requests(self.run_dir, world.rank, config.stop)
         data, model = self.config.data, self.config.model
-        spec = spec_of(model, shards.panels, share)
-        self.stream = GroupStream(shards, spec, config.mask, data, config.seed, world.rank, world.size)
         torch.manual_seed(config.seed * 1_000_003 + world.rank)
-        network = Storm(model, len(shards.genes), config.seed, config.engine.activation_checkpointing)
-        network.set_gene_bias(torch.from_numpy(np.log(share)).float())
-        if table:
-            describe(network, table, shards.genes, world)
+        network, spec = build(self.config, shards)
+        if data.descriptors:
+            describe(network, descriptors.read(Path(data.descriptors)), shards.genes, world)
+        # Before DeepSpeed has divided the weights: the hash is of whole ones.
+        encoder = encoders.fingerprint(network.morphology, model) if data.features else ""
+        features = feature_cache.find(shards, config, encoder) if data.features else None
+        self.stream = GroupStream(shards, spec, self.config.mask, data, config.seed, world.rank, world.size, features)
+        if features and world.rank == 0:
+            off = ", ".join(feature_cache.without_pixels(config.mask)[1]) or "none was on"
+            print(f"{self.run_dir}: {features.recipe.variants} cached variants of each group in place of tiles; off is "
+                  f"what needs pixels ({off})", flush=True)  # fmt: skip
         self.engine = engine.Engine(network, self.config, self.stream.accumulation, world)
         platforms = {slide: str(entry["platform"]) for slide, entry in shards.manifest["slides"].items()}
         self.meter = Meter(model, platforms, world)
-        self.validation = Validation(shards, spec, self.config, world) if self.config.validation.every_steps else None
+        watch = self.config.validation.every_steps > 0
+        self.validation = Validation(shards, spec, self.config, world, encoder) if watch else None
         self.schedule = checkpoint.Schedule(config.checkpoint, world)
         self.checkpoint_s = 0.0  # spent on saving since the last record of the log
         self.contents = checkpoint.Contents(dump(self.config), model, shards.genes, reference(shards, config.seed))

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from storm import losses, schema
 from storm.config import RunConfig
-from storm.data.batch import BatchSpec, collate, loss_genes, top_genes
+from storm.data.batch import BatchSpec, loss_genes, top_genes
 from storm.data.corpus import Corpus, open_corpus
 from storm.data.order import Place
 from storm.data.stream import OTHERS, Loader
-from storm.data.view import draw_view, plain_view
-from storm.train import engine
+from storm.data.view import View, draw_view, plain_view
+from storm.train import engine, feature_cache
 from storm.train.engine import Engine, World
 from storm.train.metrics import PARTS, means, tagged
 
@@ -46,7 +46,8 @@ class Validation:
         ValueError: a shard set has no split val, or it is empty.
     """
 
-    def __init__(self, corpus: Corpus, spec: BatchSpec, config: RunConfig, world: World) -> None:
+    def __init__(self, corpus: Corpus, spec: BatchSpec, config: RunConfig, world: World, encoder: str = "") -> None:
+        """`encoder`: the fingerprint of the model's, by which cached features are found."""
         for one, name in zip(corpus.sets, corpus.name.split(", "), strict=True):
             if not one.manifest["splits"].get(SPLIT, {}).get("groups"):
                 raise ValueError(
@@ -54,10 +55,12 @@ class Validation:
                     "split (or give val_share) and pack again, or set validation.every_steps=0"
                 )
         self._spec, self._config, self._world = spec, config, world
-        self._held_out = open_corpus(config.data, SPLIT).groups
+        held_out = open_corpus(config.data, SPLIT)
+        self._held_out = held_out.groups
+        features = feature_cache.find(held_out, config, encoder) if config.data.features else None
         chosen = min(config.validation.groups, len(self._held_out))
         self._groups = np.arange(chosen) * len(self._held_out) // chosen
-        self._loader = Loader(self._held_out, spec, config.mask, config.seed)
+        self._loader = Loader(self._held_out, spec, config.mask, config.seed, features)
         self._slides = sorted({slide for part in self._held_out.parts for slide in part.index.slides})
         self._told: set[str] = set()
         self._genes = loss_genes(spec, config.mask.loss_genes, _rng(config.seed, _GENES))
@@ -73,44 +76,47 @@ class Validation:
             for first in range(0, len(batches), self._world.size):
                 mine = first + self._world.rank
                 groups = batches[min(mine, len(batches) - 1)]
-                read = self._read(groups.tolist())
-                found = self._losses(training, groups, read)
-                rows, values = self._correlated(training, read)
+                read, numbers = self._read(groups.tolist())
+                found = self._losses(training, groups, read, numbers)
+                rows, values = self._correlated(training, read, numbers)
                 if mine < len(batches):
                     sums = {name: total + found[name] for name, total in sums.items()}
                     moments.index_add_(0, rows, values)
         return self._metrics(sums, moments)
 
-    def _read(self, numbers: list[int]) -> list[schema.Group]:
-        """Groups; where damaged ones are skipped, the next sound one in their place, the same at any step."""
+    def _read(self, numbers: list[int]) -> tuple[list[schema.Group], list[int]]:
+        """Groups and their numbers; where damaged ones are skipped, the next sound one in their place, the same at any
+        step."""
         if self._config.data.on_error == "fail":
-            return self._held_out.read(numbers)
-        found = []
+            return self._held_out.read(numbers), numbers
+        found: list[tuple[schema.Group, int]] = []
         for number in numbers:
             places = [Place(0, number, (number + k) % len(self._held_out)) for k in range(OTHERS + 1)]
-            group, faults = self._loader.sound(places[0], places[1:])
+            group, place, faults = self._loader.sound(places[0], places[1:])
             for fault in set(faults) - self._told:
                 print(f"skipped in validation: {fault}", file=sys.stderr, flush=True)
             self._told.update(faults)
-            found.append(group)
-        return found
+            found.append((group, place))
+        return [group for group, _ in found], [place for _, place in found]
 
-    def _losses(self, training: Engine, groups: npt.NDArray[np.int64], read: list[schema.Group]) -> dict[str, Tensor]:
+    def _losses(
+        self, training: Engine, groups: npt.NDArray[np.int64], read: list[schema.Group], numbers: list[int]
+    ) -> dict[str, Tensor]:
         """Sums and counts of the loss and its parts, of groups as they are shown in training."""
         views = [
             draw_view(group, self._config.mask, _rng(self._config.seed, _VIEW, int(i)), self._spec.panel(group))
             for i, group in zip(groups, read, strict=True)
         ]
-        batch = self._moved(collate(read, views, self._spec, self._genes))
+        batch = self._batch(read, views, numbers)
         outputs = training.forward(batch)
         found = losses.terms(outputs, batch, self._config.loss.align_over)
         found |= {f"expr_{mode}": term for mode, term in losses.expr_by_mode(outputs, batch).items()}
         return {part: found[part][0] for part in PARTS} | {f"count_{part}": found[part][1] for part in PARTS}
 
-    def _correlated(self, training: Engine, read: list[schema.Group]) -> tuple[Tensor, Tensor]:
+    def _correlated(self, training: Engine, read: list[schema.Group], numbers: list[int]) -> tuple[Tensor, Tensor]:
         """(slide of each region [R], sums over its profiles [R, 6, K] of 1, x, y, x2, y2, xy) from H&E alone."""
         views = [plain_view(group, use_counts=False) for group in read]
-        batch = self._moved(collate(read, views, self._spec, self._genes))
+        batch = self._batch(read, views, numbers)
         shown = torch.from_numpy(self._shown).to(self._world.device)
         composition_RNK = training.forward(batch)["log_composition"][..., shown].double().exp()
         share_RNK = batch["target_count"][..., shown].double() / batch["target_log_depth"][..., None].double().exp()
@@ -121,7 +127,9 @@ class Validation:
         rows_R = torch.tensor(slide, device=self._world.device)[batch["region_group"]]
         return rows_R, torch.stack([(term * mask_RNK).sum(1) for term in terms], dim=1)
 
-    def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _batch(self, read: list[schema.Group], views: list[View], numbers: list[int]) -> dict[str, Tensor]:
+        """On the device; cached features in the first variant, the groups as they are."""
+        batch = self._loader.with_features(read, views, numbers, [0] * len(read), self._genes)
         return {name: tensor.to(self._world.device) for name, tensor in batch.items()}
 
     def _metrics(self, sums: dict[str, Tensor], moments: Tensor) -> dict[str, float | None]:

@@ -1,0 +1,165 @@
+"""A frozen encoder's cached features: those of a live one, nothing of a hidden tile, a run and its export."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from storm import export
+from storm.config import RunConfig, load
+from storm.data.batch import collate
+from storm.data.corpus import open_corpus
+from storm.data.features import touched
+from storm.data.view import plain_view
+from storm.model.encoders import create, fingerprint
+from storm.presets import ModelConfig
+from storm.train import engine, feature_cache, trainer
+from tests.train import jobs, runs
+
+pytest.importorskip("timm")
+NAME = "timm/vit_tiny_patch16_224"
+OPTIONS = {"img_size": 112, "embed_dim": 32, "depth": 1, "num_heads": 2}
+ENCODER = [
+    f"model.encoder={NAME}", f"model.encoder_options={json.dumps(OPTIONS)}", "model.encoder_train=frozen",
+]  # fmt: skip
+VARIANTS = 3
+
+
+def write_weights(path: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    save_file(create(ModelConfig(encoder=NAME, encoder_options=OPTIONS)).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("weights") / "w.safetensors", 3)
+
+
+def config(shards: Path, run_dir: Path, weights: Path, *more: str) -> RunConfig:
+    words = [*runs.words(shards, run_dir, 2, "optim.steps=3"), *ENCODER, f"encoder.weights={weights}", *more]
+    return load(RunConfig, None, words)
+
+
+@pytest.fixture(scope="module")
+def cached(tiny_shards: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache beside the tiny shards."""
+    run = config(tiny_shards, tmp_path_factory.mktemp("none"), weights)
+    (folder,) = trainer.cache_features(run, VARIANTS, ["train"])
+    assert trainer.cache_features(run, VARIANTS, ["train"]) == [folder]
+    return folder
+
+
+def test_cached_features_are_those_of_the_live_encoder(tiny_shards: Path, weights: Path, cached: Path) -> None:
+    run = config(tiny_shards, Path("none"), weights, "data.features=auto")
+    corpus = open_corpus(run.data)
+    run = trainer.fitted(run, corpus)
+    model, spec = trainer.build(run, corpus)
+    store = feature_cache.find(corpus, run, fingerprint(model.morphology, run.model))
+    (group,) = corpus.groups.read([1])
+    turned = set()
+    for variant in range(VARIANTS):
+        view, shown = store.show(plain_view(group, use_counts=True), 1, variant)
+        turned.add((view.flip, view.turns))
+        with torch.no_grad():
+            live = collate([group], [view], spec)
+            quick = collate([group], [view], spec, cached=[shown])
+            feature, valid, summary = model._morphology(live)
+            assert "tiles" not in quick and live.keys() - {"tiles"} <= quick.keys()
+            some = live["profile"]  # what stands at padded places nobody reads
+            torch.testing.assert_close(quick["profile_feature"][some], feature[some], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(quick["profile_valid"][some], valid[some], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(quick["tile_feature"], summary, rtol=2e-3, atol=2e-3)
+            found, expected = model(quick), model(live)
+            for name in ("embedding", "log_composition", "depth_mean"):
+                torch.testing.assert_close(found[name][some], expected[name][some], rtol=1e-2, atol=1e-2)
+    assert len(turned) > 1 and feature.std() > 0.05
+
+
+def test_nothing_of_a_hidden_tile_is_shown(tiny_shards: Path, weights: Path, cached: Path) -> None:
+    """What is shown of profiles does not move with the maps of the hidden tiles; what is left out is what would."""
+    run = config(tiny_shards, Path("none"), weights, "data.features=auto")
+    corpus = open_corpus(run.data)
+    run = trainer.fitted(run, corpus)
+    model, spec = trainer.build(run, corpus)
+    (group,) = corpus.groups.read([0])
+    plain = plain_view(group, use_counts=True)
+    hidden = frozenset(place for place in group.tiles if place[1] == 0)
+    batch = collate([group], [plain], spec)
+    place_of = {place: i for i, place in enumerate(sorted(group.tiles))}
+    with torch.no_grad():
+        maps, _ = model.morphology(batch["tiles"], batch["tile_weight"])
+        noisy = maps.clone()
+        noisy[[place_of[place] for place in hidden]] += 10
+        before, after = (model.footprint(m, batch)[0][batch["profile"]] for m in (maps, noisy))
+    order = np.argsort(group.region, kind="stable")
+    moved = np.empty((len(order), 2), bool)
+    moved[order] = ((before - after).abs() > 1e-6).any(-1).numpy()
+    found = touched(group, dataclasses.replace(plain, hidden_tiles=hidden), run.model.patch_um)
+    assert not (moved & ~found).any()
+    assert 0.5 < moved.sum() / found.sum() <= 1 and not found.all()
+    store = feature_cache.find(corpus, run, fingerprint(model.morphology, run.model))
+    view, shown = store.show(dataclasses.replace(plain, hidden_tiles=hidden), 0, 0)
+    quick = collate([group], [view], spec, cached=[shown])
+    back = quick["profile_valid"][quick["profile"]].numpy()
+    assert (back[found[order]] == 0).all() and not quick["profile_feature"][quick["profile_valid"] == 0].any()
+    target = quick["tile_feature_target"]
+    assert target[quick["tile_hidden"]].any(-1).all() and not target[~quick["tile_hidden"]].any()
+
+
+def test_a_run_on_the_cache_and_its_export(
+    tiny_shards: Path, weights: Path, cached: Path, world: engine.World, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    run = config(tiny_shards, tmp_path / "run", weights, "data.features=auto", "model.image_target=feature",
+                 "mask.image_only=0", "mask.in_context=0", "mask.gene_level=0")  # fmt: skip
+    done = trainer.Trainer(run, world)
+    done.start("never")
+    done.train(2)
+    assert "cached variants of each group in place of tiles" in capfd.readouterr().out
+    again = trainer.Trainer(run, world)
+    again.start("auto")
+    again.train()
+    assert [line["step"] for line in runs.log(tmp_path / "run")] == [1, 2, 3]
+    assert runs.log(tmp_path / "run")[-1]["train/loss/image"] is not None
+    first, last = load_file(weights), again.engine.weights()
+    assert all(torch.equal(last[f"morphology.model.{name}"], tensor) for name, tensor in first.items())
+    assert not [name for name in again.engine.moments() if "morphology" in name]
+    found = export.load(export.export(tmp_path / "run" / "checkpoints" / "step_0000003", tmp_path / "out"))
+    assert found.config.encoder_sha256 in (tmp_path / "out" / "README.md").read_text()
+    told = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert told["pixel_mean"] == [0.5, 0.5, 0.5]
+
+
+def test_features_of_another_encoder_are_refused(tiny_shards: Path, cached: Path, tmp_path: Path) -> None:
+    other = write_weights(tmp_path / "o.safetensors", 4)
+    for named, fact in (("auto", "hold no features of this encoder"), (str(cached), "features of another encoder")):
+        run = config(tiny_shards, tmp_path, other, f"data.features={named}")
+        corpus = open_corpus(run.data)
+        run = trainer.fitted(run, corpus)
+        model, _ = trainer.build(run, corpus)
+        with pytest.raises(ValueError, match=fact):
+            feature_cache.find(corpus, run, fingerprint(model.morphology, run.model))
+
+
+def test_two_ranks_divide_an_adapted_encoder(
+    tiny_shards: Path, weights: Path, world: engine.World, tmp_path: Path
+) -> None:
+    """ZeRO 3 on two ranks: what is frozen stays to the bit, adapters move; losses as of one rank in ZeRO 1."""
+    lora = ["model.encoder_train=lora", "optim.steps=2"]
+    alone = trainer.Trainer(config(tiny_shards, tmp_path / "alone", weights, *lora), world)
+    alone.start("never")
+    alone.train()
+    words = [*runs.words(tiny_shards, tmp_path / "two", 2, *ENCODER), f"encoder.weights={weights}", *lora,
+             "engine.zero_stage=3", runs.DIVIDED]  # fmt: skip
+    jobs.Ranks(["launch/pretrain.py", *words], 2, tmp_path / "out.txt").wait()
+    saved = load_file(tmp_path / "two" / "checkpoints" / "step_0000002" / "model.safetensors")
+    for name, tensor in load_file(weights).items():
+        assert torch.equal(saved[f"morphology.model.{name}"], tensor), name
+    adapters = [tensor for name, tensor in saved.items() if "lora_b" in name]
+    assert adapters and all(tensor.any() for tensor in adapters)
+    first, second = ([line["train/loss"] for line in runs.log(tmp_path / name)] for name in ("alone", "two"))
+    np.testing.assert_allclose(first, second, rtol=1e-4)
