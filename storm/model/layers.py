@@ -101,7 +101,6 @@ def attend(query_SHLW: Tensor, key_SHMW: Tensor, value_SHMW: Tensor, context: Co
     return F.scaled_dot_product_attention(query_SHLW, key_SHMW, value_SHMW, attn_mask=mask)
 
 
-@torch.compiler.disable  # the lengths differ from batch to batch
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
     """`attend` for packed sequences, each [1, H, L, W], without padding.
 

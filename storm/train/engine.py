@@ -18,6 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from storm.config import RunConfig
+from storm.model import layers
 from storm.model.layers import Block
 from storm.train import ranks
 from storm.train.optim import parameter_groups
@@ -196,6 +197,8 @@ class Engine:
         self.world, self.accumulation = world, accumulation
         self.model = model.to(world.device)
         if config.engine.compile:
+            # Lengths differ from batch to batch: attention of packed sequences stays outside the graphs.
+            layers.attend_packed = torch.compiler.disable(layers.attend_packed)
             # The blocks alone: they hold the work and are of few shapes; the whole model would be compiled for minutes.
             for block in (module for module in self.model.modules() if isinstance(module, Block)):
                 block.compile(dynamic=True)
