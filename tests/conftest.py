@@ -1,4 +1,5 @@
-"""Fixtures that many tests share: the real data's folder, and one small synthetic corpus per session."""
+"""Fixtures that many tests share: the real data's folder, one small synthetic corpus per session; and what `tests/run`
+gives to its two workers: a file as a whole, so that its fixtures are made once, and the longest first."""
 
 import os
 from pathlib import Path
@@ -14,6 +15,31 @@ REAL_FOLDERS = (
     "paste_bc", "scanpy_visium", "scmuscle_visium", "segger_xenium", "seurat_visium_hd", "spatialexperiment_2sections",
     "stutility_mob", "wsi",
 )  # fmt: skip
+
+# Groups of tests that one worker takes as a whole; a test that is in none of them goes with its file.
+RANKS, SLURM = "ranks", "slurm"  # runs that several files look at; one cluster, which a second would make a busy node
+FIRST = (
+    SLURM, RANKS, "test_watch.py", "test_durability.py", "test_expression.py", "test_trainer.py", "test_synthetic.py",
+    "test_validate.py", "test_report.py",
+)  # fmt: skip
+
+
+def group_of(item: pytest.Item) -> str:
+    """The tests that must meet in one worker with this one."""
+    if SLURM in item.path.parent.parts:
+        return SLURM
+    return RANKS if {"alone", "two"} & set(getattr(item, "fixturenames", ())) else str(item.path)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In a worker: mark each test with its group, and put the long groups first, for two workers to end together."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    rank = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(Path(group_of(item)).name, len(FIRST)))
 
 
 @pytest.fixture(scope="session")

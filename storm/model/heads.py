@@ -28,7 +28,8 @@ def soft_clamp(x: Tensor, bound: float) -> Tensor:
 
 def told_platform(platform_R: Tensor, n: int) -> Tensor:
     """[R, N, Q] one-hot of each region's platform; zeros where it is 0, not told: what all biases are relative to."""
-    return F.one_hot(platform_R, len(PLATFORMS))[:, None, 1:].expand(-1, n, -1)
+    ids_Q = torch.arange(1, len(PLATFORMS), device=platform_R.device)  # F.one_hot reads the largest id on the host
+    return (platform_R[:, None, None] == ids_Q).long().expand(-1, n, -1)
 
 
 def log_partition(score_RNK: Tensor, weight_RK: Tensor) -> Tensor:
