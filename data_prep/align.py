@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 
 EMBEDDED_MPP = (0.05, 2.0)  # outside it a tag is junk: 72 dpi, 1 px per cm
 _STRETCH = 0.02  # two scanners differ by less; more is worth a note

@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep import pack, verify
 from storm import shards
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from storm.store import SlideStore, paths
 
 

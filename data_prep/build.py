@@ -25,7 +25,8 @@ from data_prep.one_slide import build_slide
 from data_prep.records import Record
 from storm import files, store
 from storm.commands import explain, guarded
-from storm.config import PrepConfig, load
+from storm.config import load
+from storm.prep_config import PrepConfig
 
 # What a damaged or wrong input raises; anything else is a fault of ours, and is told as such.
 INPUT_ERRORS = (ValueError, OSError, EOFError, zlib.error)

@@ -18,7 +18,7 @@ import h5py
 from data_prep.platforms import mex
 from data_prep.records import Record
 from storm import files
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 
 # Seconds of one core of an AMD EPYC (2 vCPU), Python 3.11, files in the page cache, of data_prep.build in one process.
 # Tiles: a JPEG-tiled pyramid at 0.25 um/px (548 tiles in 1.1 s; JPEG2000 and images in one piece take longer),

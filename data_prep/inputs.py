@@ -13,7 +13,7 @@ from data_prep import platforms, slides
 from data_prep.manifest import ManifestRow
 from data_prep.records import Record
 from storm import files, genes, schema
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 
 # What a store depends on; the other keys of PrepConfig are pack's, or only refuse (max_tiles, max_px_per_byte).
 _CONFIG_KEYS = (

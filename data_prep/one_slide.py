@@ -16,7 +16,7 @@ from data_prep.manifest import IMAGE_ONLY, ManifestRow
 from data_prep.platforms import Measurement
 from data_prep.profiles import Placed, no_profiles, place, profiles_of
 from storm import genes, regions, schema, store
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 
 _MOST_OFF_TISSUE = 0.5  # share of profiles
 _BLOCK = 8  # tiles are read in blocks of 8 x 8, row of blocks by row of blocks, so that no part is decoded twice

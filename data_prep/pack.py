@@ -28,7 +28,8 @@ from data_prep.packing.manifest import Options
 from data_prep.packing.plan import Plan, in_processes
 from storm import files, schema, shards
 from storm.commands import guarded
-from storm.config import PrepConfig, load
+from storm.config import load
+from storm.prep_config import PrepConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from data_prep.cost import Model, Work
 from data_prep.manifest import IMAGE_ONLY, ManifestRow
 from storm import files
 from storm.commands import explain, guarded
-from storm.config import PrepConfig, load
+from storm.config import load
+from storm.prep_config import PrepConfig
 from storm.store import SlideInfo
 
 _MPP = 0.5  # taken for the grid where only the build can find it

@@ -15,7 +15,7 @@ import numpy as np
 from data_prep import one_slide, outlines, platforms, profiles, slides
 from data_prep.manifest import ManifestRow
 from data_prep.platforms import Frame, Measurement
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 
 SMALL_BYTES = 50_000_000  # of a measurement's files: about a second
 FAULTS = (ValueError, OSError, EOFError, zlib.error)  # what a damaged or wrong input raises

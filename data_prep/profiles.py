@@ -16,7 +16,7 @@ from data_prep import align, slides
 from data_prep.manifest import ManifestRow
 from data_prep.platforms import GENE, OTHER, Measurement
 from storm import genes, schema
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 
 _MAX_OUTSIDE = 0.05  # share of profiles that may lie beside the image before it is called the wrong image
 _POLYGONS = 1 << 16  # are turned into um at a time

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from data_prep.slides import Pixels
 from storm import schema
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 
 _STEP = 4  # colours are judged on every fourth px of every fourth row
 _BLACK, _WHITE = 30, 225  # no channel is lighter, no channel is darker

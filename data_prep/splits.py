@@ -7,7 +7,7 @@ In: the facts of all slides, where the manifest may have named a split. Out: a s
 import hashlib
 from collections.abc import Sequence
 
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from storm.store import SlideInfo
 
 

@@ -161,7 +161,7 @@ def _built(args: argparse.Namespace, pretrained: "Pretrained", folder: Path) -> 
     """A store made for this call from an image and, where given, what was measured on it."""
     from data_prep.one_slide import build_slide
     from storm import results
-    from storm.config import PrepConfig
+    from storm.prep_config import PrepConfig
     from storm.store import SlideStore
 
     path = build_slide(

@@ -61,31 +61,30 @@ class ModelConfig:
             value, least = getattr(self, field.name), 0 if field.name in _MAY_BE_0 else 1
             if field.type is int and value < least:
                 raise ValueError(f"model.{field.name}={value} must be {least} or more")
-        if self.reads not in READS:
-            raise ValueError(f"model.reads={self.reads!r}{nearest(self.reads, list(READS))}")
         if not 0 < self.tile_mpp < math.inf:
             raise ValueError(f"model.tile_mpp={self.tile_mpp} must be above 0")
-        for name, known in (("expression", EXPRESSIONS), ("position", POSITIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"model.{name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        self._check_words()
         self._check_encoder()
         own = () if self.encoder.startswith(TIMM) else ("image_width",)
         for name in (*own, "fusion_width", "space_width", *self._token_widths):
             if getattr(self, name) % self.head_width:
                 raise ValueError(f"model.{name}={getattr(self, name)} is no multiple of head_width={self.head_width}")
-        if self.likelihood not in LIKELIHOODS:
-            known = nearest(self.likelihood, [*LIKELIHOODS])
-            raise ValueError(f"model.likelihood={self.likelihood!r} is unknown{known}")
         if self.head_width % 8:
             raise ValueError(f"model.head_width={self.head_width} must be a multiple of 8 (2-D rotary pairs)")
         if self.tile_px % self.patch_px:
             raise ValueError(f"model.tile_px={self.tile_px} is no multiple of patch_px={self.patch_px}")
 
+    def _check_words(self) -> None:
+        words = {
+            "likelihood": LIKELIHOODS, "reads": READS, "expression": EXPRESSIONS, "position": POSITIONS,
+            "encoder_train": ENCODER_TRAIN, "image_target": IMAGE_TARGETS,
+        }  # fmt: skip
+        for name, known in words.items():
+            if (word := getattr(self, name)) not in known:
+                raise ValueError(f"model.{name}={word!r} is unknown{nearest(word, list(known))}")
+
     def _check_encoder(self) -> None:
         timm = self.encoder.startswith(TIMM)
-        for name, known in (("encoder_train", ENCODER_TRAIN), ("image_target", IMAGE_TARGETS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"model.{name}={getattr(self, name)!r} is none of {', '.join(known)}")
         if self.encoder not in ENCODERS and not timm:
             raise ValueError(f"model.encoder={self.encoder!r} is none of {', '.join(ENCODERS)}, {TIMM}<model>")
         if not timm and (self.encoder_options or self.encoder_train == "lora" or self.encoder_sha256):

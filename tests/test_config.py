@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from storm import config
-from storm.config import PrepConfig, RunConfig
+from storm.config import RunConfig
+from storm.prep_config import PrepConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

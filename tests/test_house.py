@@ -17,8 +17,8 @@ ROOTS = ("storm", "data_prep", "launch")
 # Module or package -> layer. A module of storm that is neither named here nor inside a package named here has no layer,
 # which is an error: whoever adds it says where it belongs.
 BASE = (
-    "schema", "npz", "genes", "presets", "regions", "store", "index", "shards", "config", "files", "commands",
-    "markdown", "counts", "descriptors",
+    "schema", "npz", "genes", "presets", "regions", "store", "index", "shards", "config", "prep_config", "files",
+    "commands", "markdown", "counts", "descriptors",
 )  # fmt: skip
 ABOVE = ("data", "model", "losses", "checkpoints", "train", "export", "inference", "results", "evaluate", "cli")
 LAYERS = {

@@ -15,8 +15,8 @@ from data_prep.packing.card import dataset_card
 from data_prep.packing.plan import Plan
 from data_prep.packing.sources import named
 from storm import files, genes, schema, shards
-from storm.config import PrepConfig
 from storm.index import INDEX
+from storm.prep_config import PrepConfig
 
 PLAN = "plan.json"
 _WORK = r"\.{}\.[0-9a-f]{{16}}\.packing"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storm import regions, schema, store
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 
 _BYTES_PER_COUNT = 8  # gene and count, int32 each
 _BYTES_PER_PROFILE = 48  # place, footprint, pointers, region, and a barcode

@@ -16,8 +16,8 @@ from data_prep.packing import plan as planning
 from data_prep.packing.plan import Plan, Scanned
 from data_prep.packing.sources import Held, Source, named
 from storm import files, genes, schema
-from storm.config import PrepConfig
 from storm.index import VERSION
+from storm.prep_config import PrepConfig
 from storm.store import SlideInfo
 
 

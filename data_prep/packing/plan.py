@@ -22,7 +22,7 @@ from data_prep.packing import groups
 from data_prep.packing.sources import Source
 from storm import files, genes, schema, store
 from storm.commands import explain
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 
 _SLIDES, _DONORS = 32, 64  # per process and message
 IN_MEMORY = 32_000_000  # counts of the slides that are open at a time, 256 MB

@@ -12,7 +12,7 @@ from data_prep import vocabulary
 from data_prep.packing import groups
 from data_prep.packing.plan import IN_MEMORY, Plan
 from storm import files, genes, schema, shards, store
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 
 SCRATCH = "pool"
 

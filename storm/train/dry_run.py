@@ -25,7 +25,7 @@ from storm.model.storm import Storm
 from storm.presets import ModelConfig
 from storm.schema import DISC, Group, GroupMeta, Profiles, RegionMeta
 from storm.train import capacity
-from storm.train.trainer import NotFiniteError
+from storm.train.trainer import NotFiniteError, fitted
 
 _CPU_FLOPS, _CPU_TILES, _CPU_PROFILES = 2e11, 4, 16
 _GENES_SEEN = 0.2  # share of the panel's genes with counts in a profile of the synthetic batch

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import align
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 
 CONFIG = PrepConfig()
 LATTICE = np.array([(x * 100.0, y * 86.6) for x in range(6) for y in range(5)])

@@ -13,7 +13,7 @@ import tifffile
 
 from data_prep import manifest, one_slide, pack, platforms, profiles, records, wanted
 from storm import files, store
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from tests.data_prep.slides.images import damage, write_tiles
 from tests.data_prep.vendors import (
     MPP,

@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 from data_prep import cost
 from data_prep.cost import Work
 from data_prep.records import Record
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from tests.data_prep.vendors import write_st, write_visium
 
 

@@ -12,7 +12,8 @@ import pytest
 from data_prep import pack, records
 from data_prep.packing import groups, plan, write
 from storm import files, genes, regions, schema, shards, store
-from storm.config import PrepConfig, load
+from storm.config import load
+from storm.prep_config import PrepConfig
 from tests.conftest import PREP_TINY
 from tests.data_prep.vendors import write_manifest
 

@@ -13,7 +13,7 @@ import pytest
 
 from data_prep import build, cost, manifest, plan, records
 from storm import files, store
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from tests.data_prep.vendors import tissue, write_manifest, write_tiff, write_visium
 
 Built = Callable[..., tuple[int, Path]]

@@ -14,7 +14,7 @@ from data_prep.synthetic.cells import CellSection, draw_cells
 from data_prep.synthetic.cosmx import CONTROLS, write_cosmx
 from data_prep.synthetic.xenium import write_alignment, write_xenium
 from storm import genes
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from tests.data_prep.platforms.xenium_files import drawn_section
 from tests.data_prep.vendors import tissue, write_tiff, write_visium
 

@@ -9,7 +9,7 @@ from data_prep import profiles
 from data_prep.manifest import ManifestRow
 from data_prep.platforms import GENE, Measurement, counts_in_memory
 from storm import genes
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from storm.schema import DISC
 
 

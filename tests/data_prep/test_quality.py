@@ -13,7 +13,7 @@ import pytest
 from data_prep import quality
 from data_prep.slides import Pixels, open_slide
 from storm import schema
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from tests.data_prep.pictures import section
 
 INKS = {"blue": (30, 60, 160), "violet blue": (40, 45, 190), "turquoise": (30, 130, 150), "green": (20, 120, 60),

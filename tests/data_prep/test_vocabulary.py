@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from data_prep import splits, vocabulary
 from storm import genes, schema, store
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from tests.data_prep.test_pack import info, write_store
 
 

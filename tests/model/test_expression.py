@@ -64,7 +64,7 @@ def test_tokens_equal_their_formula(monkeypatch: pytest.MonkeyPatch) -> None:
         x = genes.weight[batch["token_gene"][own]] @ encoder.gene.weight.T + encoder.value(batch["token_value"][own])
         straight = rotation(torch.zeros(len(x), 2).double(), TOKENS.head_width, 50.0, 6400.0)
         for block in encoder.blocks.blocks:
-            x = plain_block(block, x, straight, torch.ones(len(x), dtype=torch.bool))
+            x = plain_block(block, x, straight, torch.ones(len(x), dtype=torch.bool))  # type: ignore[arg-type]
         expected[place] = encoder.project(rms(x, encoder.blocks.norm.weight).mean(0))
     torch.testing.assert_close(content, expected)
     sizes = torch.stack([size_of(encoder, batch, i) for i in range(len(out))])

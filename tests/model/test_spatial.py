@@ -91,7 +91,7 @@ def plain(model: Space, tiles: Tensor, profiles: Tensor, place: Tensor, region: 
         apart = torch.tensor([[float(torch.dist(a, b)) for b in xy] for a in xy]).double()
         bias = -slope[:, None, None] * apart
     for block in model.blocks.blocks:
-        x = plain_block(block, x, code, seen, bias)
+        x = plain_block(block, x, code, seen, bias)  # type: ignore[arg-type]
     return rms(x, model.blocks.norm.weight)[n:]
 
 

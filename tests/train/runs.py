@@ -115,7 +115,11 @@ def broken(config: RunConfig, world: engine.World, groups: Path) -> str:
     trainer.start("never")
     before = trainer.engine.weights()
     if world.rank == 1:
-        losses.terms = lambda outputs, batch, align_over: steep(honest(outputs, batch, align_over))
+
+        def steeper(outputs: losses.Batch, batch: losses.Batch, align_over: str = "group") -> dict[str, losses.Term]:
+            return steep(honest(outputs, batch, align_over))
+
+        losses.terms = steeper
         asked = [i for i in range(trainer.stream.accumulation) if trainer.stream[i]["depth_mask"].any()]
         groups.write_text("\n".join(", ".join(trainer.stream.keys(i)) for i in asked))
     try:

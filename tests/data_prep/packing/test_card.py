@@ -9,7 +9,7 @@ from data_prep import pack, records
 from data_prep.packing.card import strictness
 from data_prep.packing.manifest import Options
 from storm import files, shards
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from tests.data_prep.test_pack import CONFIG, info, write_store
 
 

@@ -17,7 +17,7 @@ from data_prep.profiles import polygon_areas
 from data_prep.synthetic.cells import CellSection, draw_cells
 from data_prep.synthetic.cosmx import CONTROLS, FOV_PX, ORIGIN_PX, PIXEL_UM, write_cosmx
 from storm import genes
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from storm.schema import DISC, POLYGON, SQUARE
 from storm.store import SlideStore
 from tests.data_prep.platforms.helpers import dense

@@ -11,7 +11,7 @@ from data_prep.manifest import ManifestRow
 from data_prep.platforms import Measurement, Source, segmented, visium_hd
 from data_prep.profiles import place, polygon_areas
 from data_prep.synthetic.visium_hd import Section, write_cells
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from storm.schema import POLYGON
 from tests.data_prep.platforms.helpers import dense, fit, truth
 

@@ -19,7 +19,7 @@ from data_prep.one_slide import build_slide
 from data_prep.platforms import CONTROL, GENE, Source, cosmx, xenium
 from data_prep.profiles import polygon_areas
 from data_prep.synthetic.cells import CellSection
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from storm.schema import DISC, POLYGON
 from storm.store import SlideStore
 from tests.data_prep.platforms.helpers import dense

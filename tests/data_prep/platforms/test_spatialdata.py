@@ -23,7 +23,7 @@ from data_prep.manifest import ManifestRow
 from data_prep.one_slide import build_slide
 from data_prep.platforms import Measurement, Source
 from data_prep.platforms import spatialdata as reader
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from storm.schema import DISC, POLYGON, SQUARE
 from storm.store import SlideStore
 from tests.data_prep.platforms.helpers import dense

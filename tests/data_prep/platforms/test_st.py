@@ -12,7 +12,7 @@ from data_prep.manifest import ManifestRow
 from data_prep.one_slide import build_slide
 from data_prep.platforms import Measurement, Source, st
 from data_prep.profiles import place, profiles_of
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from storm.schema import DISC
 from storm.store import SlideStore
 from tests.data_prep.platforms.helpers import dense, fit

@@ -16,7 +16,7 @@ from data_prep.one_slide import build_slide
 from data_prep.platforms import GENE, OTHER, Measurement, Source, spaceranger, visium_hd
 from data_prep.profiles import place
 from data_prep.synthetic.visium_hd import Section, write_bins, write_visium_hd
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from storm.schema import POLYGON, SQUARE
 from storm.store import SlideStore
 from tests.data_prep.platforms.helpers import dense, edit, fit, mex_of, sparse, truth

@@ -13,7 +13,7 @@ from data_prep import align
 from data_prep.manifest import ManifestRow
 from data_prep.platforms import Measurement, Source, visium
 from data_prep.profiles import place
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from tests.data_prep.platforms.helpers import dense, fit, sparse
 
 H5 = "filtered_feature_bc_matrix.h5"

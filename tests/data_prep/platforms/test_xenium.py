@@ -16,7 +16,7 @@ from data_prep.platforms import CONTROL, GENE, OTHER, xenium
 from data_prep.profiles import place, polygon_areas, profiles_of
 from data_prep.synthetic.cells import CellSection
 from data_prep.synthetic.xenium import CONTROLS, PIXEL_UM, write_alignment, write_xenium
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from storm.schema import DISC, POLYGON
 from storm.store import SlideStore
 from tests.data_prep.platforms.helpers import dense

@@ -14,7 +14,7 @@ from data_prep.manifest import ManifestRow
 from data_prep.platforms import xenium
 from data_prep.profiles import place, profiles_of
 from data_prep.synthetic.xenium import write_alignment
-from storm.config import PrepConfig
+from storm.prep_config import PrepConfig
 from tests.data_prep.platforms.helpers import dense
 from tests.data_prep.platforms.xenium_files import CELLS, source
 
