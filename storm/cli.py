@@ -6,6 +6,7 @@ are imported by the command that needs them.
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import platform
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a list of expression, imputation, domains, retrieval, transfer, probes (default: expression)",
     )  # fmt: skip
     command.add_argument("--seed", type=int, default=0, help="of baselines and bootstrap")
+    _add_symmetries(command)
     command.set_defaults(run=evaluate)
     command = commands.add_parser("verify", help="check an export or a shard set against its hashes")
     command.add_argument("folder", type=Path, help="an export or a shard set")
@@ -97,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--shards", type=Path, help="shard set: likewise")
     command.set_defaults(run=doctor)
     return parser
+
+
+def _add_symmetries(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--symmetries", type=int, default=1, choices=range(1, 9), metavar="N",
+        help="1 to 8: answers are means over so many flips and quarter turns of the slide, and take so much longer",
+    )  # fmt: skip
 
 
 def _add_source(command: argparse.ArgumentParser) -> None:
@@ -113,6 +122,7 @@ def _add_source(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{option}", help=f"of --measurement: as the manifest's column {name}")
     command.add_argument("--mpp", type=float, help="um per pixel of --image, where neither it nor the spots tell")
     command.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    _add_symmetries(command)
     command.add_argument("-o", "--out", type=Path, required=True, help="an .h5ad file for one slide, else a folder")
 
 
@@ -206,7 +216,7 @@ def _each(args: argparse.Namespace, make: "Callable[[Pretrained, _Source], annda
     from storm.export import load
     from storm.store import SUFFIX
 
-    pretrained = load(args.model)
+    pretrained = dataclasses.replace(load(args.model), symmetries=args.symmetries)
     failed = 0
     with _sources(args, pretrained) as sources:
         single = args.out.suffix == ".h5ad"
@@ -285,7 +295,9 @@ def evaluate(args: argparse.Namespace) -> int:
     """`storm evaluate`."""
     from storm.evaluate import report
 
-    sources = report.Sources(args.model, args.store, args.shards, args.truth, args.labels, args.run_dir)
+    sources = report.Sources(
+        args.model, args.store, args.shards, args.truth, args.labels, args.run_dir, args.symmetries
+    )
     print(report.write(sources, args.out, args.protocols.split(","), args.seed))
     return 0
 

@@ -130,6 +130,9 @@ class MaskConfig(Section):
     )
     flips: bool = True
     stain_jitter: float = Field(default=0.1, ge=0, description="sd of the log gain of each stain channel")
+    feature_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the columns of cached features that a profile does not show"
+    )
     thinning: float = Field(default=0.5, ge=0, le=1, description="probability that visible counts are thinned")
     panel_subsampling: float = Field(
         default=0.25, ge=0, le=1, description="probability that visible genes are a random subset"

@@ -64,6 +64,7 @@ class Pretrained:
     data: dict[str, Any]  # shards_hash, gene_hash, split_by, seed, licences, counts per study, organ, platform
     code_version: str
     hash: str  # of weights, genes and configs: two exports with one hash predict alike
+    symmetries: int = 1  # of the 8 flips and quarter turns: an answer is the mean over so many of them
 
     @property
     def panel(self) -> npt.NDArray[np.bool_]:

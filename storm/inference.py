@@ -10,8 +10,9 @@ region holds them (imputation). The pixels can be withheld too (expression only)
 Without counts the footprints are those of a lattice over the tissue. Pixels are all that is read of such a slide.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ LATTICE_PITCH_UM = 100.0
 _CHUNK = 256  # profiles asked of a region at a time
 _CONTEXT = 1024  # profiles of a region that are context beside those asked: as many as a model is made for
 _REGIONS = 4  # per forward
+SYMMETRIES = [(flip, turns) for flip in (False, True) for turns in range(4)]  # the slide as it is comes first
 _PANEL, _NO_GENES = "slide", np.zeros(0, np.int64)
 
 
@@ -187,14 +189,30 @@ def _shown(slide: Slide, use_counts: bool | Mask, use_image: bool) -> _Shown:
     return _Shown(visible, use_image)
 
 
-def _outputs(model: Storm, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's outputs, and as `feature` [R, N, 2, D] what its image encoder alone gave of each profile."""
+def _mean(name: str, values: list[torch.Tensor]) -> torch.Tensor:
+    """Of an output over several symmetries; that of shares is one of shares, so that they still sum to 1."""
+    if len(values) == 1:
+        return values[0]
+    stacked = torch.stack(values).float()
+    if name == "log_composition":
+        return stacked.logsumexp(0) - math.log(len(values))
+    mean = stacked.mean(0)
+    return torch.nn.functional.normalize(mean, dim=-1) if name.startswith("align_") else mean
+
+
+def _outputs(model: Storm, batch: dict[str, torch.Tensor], unseen: Floats | None) -> dict[str, torch.Tensor]:
+    """The model's outputs, unseen genes after the others, and as `feature` [R, N, 2, D] what its image encoder alone
+    gave of each profile."""
     read: list[torch.Tensor] = []
     hook = model.footprint.register_forward_hook(lambda module, inputs, output: read.append(output[0]))
     try:
-        return model(batch) | {"feature": read[0]}
+        outputs = model(batch) | {"feature": read[0]}
     finally:
         hook.remove()
+    if unseen is not None:
+        more = model.unseen(outputs["embedding"], batch, torch.from_numpy(unseen).to(outputs["embedding"].device))
+        outputs |= {name: torch.cat([outputs[name], values], dim=-1) for name, values in more.items()}
+    return outputs
 
 
 def _forward(
@@ -210,17 +228,15 @@ def _forward(
         some = asks[start : start + _REGIONS]
         groups = [_group(pretrained, slide, ask, shown.image) for ask in some]
         views = [plain_view(group, shown.visible[ask.rows]) for group, ask in zip(groups, some, strict=True)]
-        batch = collate(groups, views, spec, genes)
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            moved = {name: tensor.to(device) for name, tensor in batch.items()}
-            outputs = _outputs(model, moved)
-            if unseen is not None:
-                more = model.unseen(outputs["embedding"], moved, torch.from_numpy(unseen).to(device))
-                for name, values in more.items():
-                    outputs[name] = torch.cat([outputs[name], values], dim=-1)
+        found = []
+        for flip, turns in SYMMETRIES[: pretrained.symmetries]:
+            batch = collate(groups, [replace(view, flip=flip, turns=turns) for view in views], spec, genes)
+            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                found.append(_outputs(model, {name: tensor.to(device) for name, tensor in batch.items()}, unseen))
+        outputs = {name: _mean(name, [outputs[name] for outputs in found]) for name in names if name in found[0]}
         for i, ask in enumerate(some):
             at = torch.from_numpy(np.flatnonzero(ask.wanted)).to(device)
-            yield ask.rows[ask.wanted], {name: outputs[name][i, at].float().cpu() for name in names if name in outputs}
+            yield ask.rows[ask.wanted], {name: values[i, at].float().cpu() for name, values in outputs.items()}
 
 
 def _device(device: str | None) -> torch.device:

@@ -106,9 +106,9 @@ GENE_KEPT = {"gene_kept": ("bool", "G")}  # the genes whose own embedding takes 
 
 # In place of "tiles" where features of a frozen encoder are cached; D image width.
 FEATURES = {
-    "profile_feature": ("float32", "R N 2 D"),  # under the footprint and over the window; 0 where not valid
+    "profile_feature": ("float32", "R N 2 D"),  # under the footprint and over the window, standardised; 0: not valid
     "profile_valid": ("float32", "R N 2"),  # share of each that could be read; 0 where it touches a hidden tile
-    "tile_feature": ("float32", "T D"),  # summaries of the encoded tiles; a dummy of zeros where a batch has none
+    "tile_feature": ("float32", "T D"),  # standardised summaries of the encoded tiles; a dummy of zeros where none is
     "tile_feature_target": ("float32", "R C D"),  # standardised feature of hidden tiles; 0 elsewhere
 }
 

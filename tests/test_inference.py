@@ -188,6 +188,25 @@ def test_pixels_can_be_withheld(slide: Slide, pretrained: export.Pretrained, tmp
         inference.vectors(pretrained, slide, "embedding", use_image=False)
 
 
+def test_an_answer_can_be_the_mean_over_the_symmetries(
+    slide: Slide, pretrained: export.Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eight = dataclasses.replace(pretrained, symmetries=8)
+    rows = np.arange(3)
+    found, several = inference.predict(eight, slide, rows=rows), inference.vectors(eight, slide, "embedding", rows=rows)
+    close(found.composition.sum(1), np.ones(3))
+    each = []
+    for one in list(inference.SYMMETRIES):
+        monkeypatch.setattr(inference, "SYMMETRIES", [one])
+        each.append(
+            (inference.predict(pretrained, slide, rows=rows), inference.embed(pretrained, slide, False, rows))
+        )  # fmt: skip
+    close(found.composition, np.mean([one.composition for one, _ in each], axis=0))
+    close(found.log_depth, np.mean([one.log_depth for one, _ in each], axis=0))
+    close(several, np.mean([vector for _, vector in each], axis=0))
+    assert np.abs(each[3][1] - each[0][1]).max() > 1e-3
+
+
 def test_features_are_of_the_image_encoder_alone(slide: Slide, pretrained: export.Pretrained) -> None:
     found = inference.vectors(pretrained, slide, "feature")
     assert found.shape == (len(slide.profiles), 2, 32) and found.std(0).min() > 1e-4

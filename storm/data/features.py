@@ -11,8 +11,10 @@ In: a folder that storm.train.feature_cache wrote, per set and split,
 
 V variants of every group: the first as it is, the others flipped, turned and stained by draws keyed by (seed, variant,
 group). Rows of a group are consecutive, groups in the order of the index, profiles and tiles in their order in the
-group. Out: the entries `schema.FEATURES` of a batch. A profile's feature was read from the whole map; so where its
-footprint or window touches a tile that a view hides, it is not shown: nothing of a hidden tile reaches an input.
+group. Out: the entries `schema.FEATURES` of a batch, each column standardised, some left out where a run asks for it
+(a small set is soon known by heart; to leave out a random part of many columns is what helps). A profile's feature was
+read from the whole map; so where its footprint or window touches a tile that a view hides, it is not shown: nothing of
+a hidden tile reaches an input.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ from storm.schema import Group
 
 VERSION = 1  # of the layout, and of how maps are read
 FOLDER, MARKER, AUTO = "features", "features.json", "auto"
-_PICK, _VARY = 3, 4  # keep the generators of different purposes apart
+_PICK, _VARY, _DROP = 3, 4, 5  # keep the generators of different purposes apart
 ARRAYS = ("profile", "valid", "tile", "stain")
 
 Floats = npt.NDArray[np.float32]
@@ -39,12 +41,20 @@ Floats = npt.NDArray[np.float32]
 class Cached(NamedTuple):
     """What is cached of a group in one variant. n profiles, t tiles."""
 
-    profile: npt.NDArray[np.float16]  # [n, 2, D]
+    profile: Floats  # [n, 2, D] standardised
     valid: npt.NDArray[np.float16]  # [n, 2]
-    tile: npt.NDArray[np.float16]  # [t, D]
+    tile: Floats  # [t, D] standardised
     stain: Floats  # [t, S]
-    statistics: Floats  # [2, D]
     patch_um: float
+    kept: tuple[Floats, Floats] = np.ones((), np.float32), np.ones((), np.float32)  # factors on profile and tile
+
+    def dropped(self, share: float, rng: np.random.Generator) -> "Cached":
+        """With a random share of the columns of each profile and tile left out, the others larger for it."""
+
+        def factor(like: Floats) -> Floats:
+            return (rng.random(like.shape, np.float32) >= share).astype(np.float32) / np.float32(1 - share)
+
+        return self._replace(kept=(factor(self.profile), factor(self.tile)))
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class FeatureSet:
         statistics = folder / "train" / "statistics.npy"
         if not statistics.is_file():
             raise ValueError(f"{statistics}: is missing; python launch/features.py makes it, with --split train")
-        self._statistics: Floats = np.load(statistics)
+        self.statistics: Floats = np.load(statistics)  # [2, D]
         self._maps: dict[str, npt.NDArray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,10 +124,10 @@ class FeatureSet:
         if not self._maps:
             self._maps = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         profiles, tiles = (slice(int(ends[i]), int(ends[i + 1])) for ends in (self._profiles, self._tiles))
-        maps = self._maps
+        maps, (mean, sd) = self._maps, self.statistics
         return Cached(
-            maps["profile"][variant, profiles], maps["valid"][variant, profiles], maps["tile"][variant, tiles],
-            maps["stain"][tiles], self._statistics, self.recipe.patch_um,
+            (maps["profile"][variant, profiles] - mean) / sd, maps["valid"][variant, profiles],
+            (maps["tile"][variant, tiles] - mean) / sd, maps["stain"][tiles], self.recipe.patch_um,
         )  # fmt: skip
 
 
@@ -136,6 +146,11 @@ class FeatureStore:
     def pick(self, seed: int, epoch: int, index: int) -> int:
         """The variant in which a place of an epoch is shown."""
         return int(_rng([seed, epoch, index], _PICK).integers(self.recipe.variants))
+
+    @staticmethod
+    def drop_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+        """The generator of the columns that a place of an epoch leaves out."""
+        return _rng([seed, epoch, index], _DROP)
 
     def show(self, view: View, number: int, variant: int) -> tuple[View, Cached]:
         """The view of a group of the corpus in a variant, and what is cached of it."""
@@ -164,17 +179,16 @@ def entries(
     for group, view, one, at in zip(groups, views, cached, places, strict=True):
         shown = ~touched(group, view, one.patch_um)
         out["profile_valid"][at] = one.valid * shown
-        out["profile_feature"][at] = np.where((out["profile_valid"][at] > 0)[..., None], one.profile, 0)
-        used = np.zeros(len(group.meta.regions), np.int64)
+        out["profile_feature"][at] = np.where((out["profile_valid"][at] > 0)[..., None], one.profile * one.kept[0], 0)
+        used, tile = np.zeros(len(group.meta.regions), np.int64), one.tile * one.kept[1]
         for row, place in enumerate(sorted(group.tiles)):
             slot = first + place[0], used[place[0]]
             used[place[0]] += 1
             if place in view.hidden_tiles:
-                mean, sd = one.statistics
                 out["tile_target"][slot] = one.stain[row]
-                out["tile_feature_target"][slot] = (one.tile[row] - mean) / sd
+                out["tile_feature_target"][slot] = one.tile[row]
             else:
-                out["tile_feature"][packed] = one.tile[row]
+                out["tile_feature"][packed] = tile[row]
                 packed += 1
         first += len(group.meta.regions)
 

@@ -103,21 +103,31 @@ class Loader(Dataset):
             for group, place in zip(groups, work.places, strict=True)
         ]
         pick = self.features.pick if self.features else lambda *_: 0
-        variants = [pick(self.seed, place.epoch, place.number) for place in work.places]
+        keys = [(self.seed, place.epoch, place.number) for place in work.places]
         return self.with_features(
-            [group for group, _ in shown], [view for _, view in shown], numbers, variants, self.genes(work.step),
-            self.kept(work.step),
+            [group for group, _ in shown], [view for _, view in shown], numbers, [pick(*key) for key in keys],
+            self.genes(work.step), self.kept(work.step), keys if self.mask.feature_dropout else None,
         )  # fmt: skip
 
     def with_features(
         self, groups: list[schema.Group], views: list[View], numbers: list[int], variants: list[int],
         genes: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_] | None = None,
+        drop_keys: list[tuple[int, int, int]] | None = None,
     ) -> Batch:  # fmt: skip
-        """The batch of groups in these variants of their cached features; without a cache, of their tiles."""
+        """The batch of groups in these variants of their cached features; without a cache, of their tiles.
+
+        `drop_keys`: (seed, epoch, index) of each, by which columns of its features are left out; None = none is.
+        """
         if self.features is None:
             return collate(groups, views, self.spec, genes, kept)
         shown = [self.features.show(*one) for one in zip(views, numbers, variants, strict=True)]
-        return collate(groups, [view for view, _ in shown], self.spec, genes, kept, [cached for _, cached in shown])
+        cached = [one for _, one in shown]
+        if drop_keys:
+            share = self.mask.feature_dropout
+            cached = [
+                one.dropped(share, self.features.drop_rng(*key)) for one, key in zip(cached, drop_keys, strict=True)
+            ]
+        return collate(groups, [view for view, _ in shown], self.spec, genes, kept, cached)
 
     def _named(self, work: Work, error: ValueError) -> ValueError:
         """The error with the shard and key of the group at fault, where it is that of a group's tiles."""

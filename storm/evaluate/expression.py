@@ -235,7 +235,8 @@ def provenance(
     """What every figure of a protocol carries with it; counts, never a donor or a slide."""
     sides = {name: _sizes(sections) for name, sections in (("train", cohort.train), ("test", cohort.test))}
     return {
-        "protocol": protocol, "input": shown, "split_by": cohort.split_by, "seed": seed, "data": sides,
+        "protocol": protocol, "input": shown, "symmetries": pretrained.symmetries,
+        "split_by": cohort.split_by, "seed": seed, "data": sides,
         "shards_sha256": cohort.shards_hash, "model_hash": pretrained.hash,
         "model_trained_on_these_shards": pretrained.data["shards_hash"] == cohort.shards_hash,
         "model_code": pretrained.code_version, "code": checkpoints.code_version(),

@@ -8,6 +8,7 @@ gene_map.png       genes of highest variance on the largest held-out section
 """
 
 import csv
+import dataclasses
 import functools
 import io
 import json
@@ -61,7 +62,9 @@ away; d spatial fields of expression alone; e noise and donor, where every metho
 skill = (model - colour ridge) / (oracle - colour ridge): 0 is what colour gives, 1 all that can be known."""
 _FOREIGN = "**The model was not trained on these shards.** Whether it has seen these sections is not known."
 _SIDE = "{sections} sections of {donors} donors, {profiles} profiles"
-_PROVENANCE = ("protocol", "input", "split_by", "seed", "model_hash", "shards_sha256", "model_code", "code")
+_PROVENANCE = (
+    "protocol", "input", "symmetries", "split_by", "seed", "model_hash", "shards_sha256", "model_code", "code",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Sources:
     truth: Path | None = None
     labels: Path | None = None
     run: Path | None = None
+    symmetries: int = 1  # of the slide, over which the model's answers are averaged
 
 
 def write(sources: Sources, out: Path, names: Sequence[str] = (protocols.EXPRESSION,), seed: int = 0) -> str:
@@ -90,7 +94,7 @@ def write(sources: Sources, out: Path, names: Sequence[str] = (protocols.EXPRESS
         raise ValueError(f"{out}: exists and is no report ({VALUES} is absent); choose another folder")
     protocols.check(names)
     lines = read_log(sources.run) if sources.run else []
-    pretrained = load(sources.model)
+    pretrained = dataclasses.replace(load(sources.model), symmetries=sources.symmetries)
     cohort = open_cohort(pretrained, sources.stores, sources.shards)
     values: dict[str, Any] = {}
     if protocols.EXPRESSION in names:

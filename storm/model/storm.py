@@ -72,6 +72,22 @@ class Fusion(nn.Module):
         return self.out(self.blocks(tokens).mean(1)).unflatten(0, valid_RN2.shape[:2])
 
 
+class Standard(nn.Module):
+    """Columns of a frozen encoder's features brought to mean 0 and sd 1, of training tiles where a cache knows them."""
+
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("sd", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D]."""
+        return (x - self.mean) / self.sd
+
+
 class Storm(nn.Module):
     """STORM (this project).
 
@@ -104,6 +120,7 @@ class Storm(nn.Module):
             self.tile_stats = TileHead(config)
             self.align = Align(config) if config.align_width else None
             by_feature = config.image_target == "feature"
+            self.standard = Standard(config.image_width) if config.encoder_train == "frozen" else nn.Identity()
             self.tile_feature = ZeroLinear(config.space_width, config.image_width) if by_feature else None
         initialise(self, seed)
 
@@ -155,7 +172,8 @@ class Storm(nn.Module):
         if "tile_feature" in batch:
             return batch["profile_feature"], batch["profile_valid"], batch["tile_feature"]
         map_TPD, summary_TD = self.morphology(batch["tiles"], batch["tile_weight"])
-        return *self.footprint(map_TPD, batch), summary_TD
+        feature_RN2D, valid_RN2 = self.footprint(map_TPD, batch)
+        return self.standard(feature_RN2D), valid_RN2, self.standard(summary_TD)
 
     @torch.no_grad()
     def unseen(self, h_RND: Tensor, batch: dict[str, Tensor], descriptor_UC: Tensor) -> dict[str, Tensor]:

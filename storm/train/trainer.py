@@ -33,7 +33,7 @@ from storm.data.stream import Batch, GroupStream, batches
 from storm.genes import GeneTable
 from storm.losses import TERMS
 from storm.model import encoders
-from storm.model.storm import Storm
+from storm.model.storm import Standard, Storm
 from storm.presets import ModelConfig
 from storm.shards import MANIFEST, ShardSet
 from storm.train import checkpoint, engine, feature_cache, ranks, stop
@@ -186,6 +186,8 @@ class Trainer:
         # Before DeepSpeed has divided the weights: the hash is of whole ones.
         encoder = encoders.fingerprint(network.morphology, model) if data.features else ""
         features = feature_cache.find(shards, config, encoder) if data.features else None
+        if features and isinstance(network.standard, Standard):
+            network.standard.mean, network.standard.sd = torch.from_numpy(features.sets[0].statistics).clone()
         self.stream = GroupStream(shards, spec, self.config.mask, data, config.seed, world.rank, world.size, features)
         if features and world.rank == 0:
             off = ", ".join(feature_cache.without_pixels(config.mask)[1]) or "none was on"
