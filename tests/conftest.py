@@ -21,8 +21,9 @@ REAL_FOLDERS = (
 SLURM, RANKS = "slurm", "ranks"  # one cluster, which a second would make a busy node; runs that two files look at
 RANKS_FILES = ("test_ranks.py", "test_kills.py")
 FIRST = (
-    SLURM, RANKS, "test_watch.py", "test_durability.py", "test_expression.py", "test_trainer.py", "test_synthetic.py",
-    "test_validate.py", "test_report.py",
+    RANKS, SLURM, "test_trainer.py", "test_steps.py", "test_host_reads.py", "test_given_encoder.py", "test_watch.py",
+    "test_durability.py", "test_synthetic.py", "test_validate.py", "test_golden.py", "test_expression.py",
+    "test_report.py",
 )  # fmt: skip
 
 
