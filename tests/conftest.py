@@ -5,7 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine must not fail an example
+hypothesis.settings.load_profile("untimed")
 
 # Before numpy or torch start their threads: the tests run many small operations, some of them on two ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
