@@ -43,7 +43,8 @@ def wide(x: Tensor) -> Tensor:
 
 def absent(model: ModelConfig) -> set[str]:
     """The terms for which a model has no outputs."""
-    return {"anchor"} | (set() if model.align_width else {"align"})
+    lacks = {"anchor": not model.is_anchored, "align": not model.align_width}
+    return {term for term, missing in lacks.items() if missing}
 
 
 def weights(config: LossConfig, step: int, steps: int) -> dict[str, float]:

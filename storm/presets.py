@@ -103,6 +103,11 @@ class ModelConfig:
         return ("expression_width",) if self.expression == "tokens" else ()
 
     @property
+    def is_anchored(self) -> bool:
+        """Whether the encoder trains from weights that it was given, and is held near them (the term anchor)."""
+        return bool(self.encoder_sha256) and self.encoder_train != "frozen"
+
+    @property
     def tile_um(self) -> float:
         """Side of a tile in um."""
         return self.tile_px * self.tile_mpp

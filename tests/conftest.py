@@ -3,8 +3,13 @@ gives to its two workers: a file as a whole, so that its fixtures are made once,
 
 import os
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine must not fail an example
+hypothesis.settings.load_profile("untimed")
 
 # Before numpy or torch start their threads: the tests run many small operations, some of them on two ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,30 +21,45 @@ REAL_FOLDERS = (
     "stutility_mob", "wsi",
 )  # fmt: skip
 
-# Groups of tests that one worker takes as a whole; a test that is in none of them goes with its file.
-RANKS, SLURM = "ranks", "slurm"  # runs that several files look at; one cluster, which a second would make a busy node
+# Groups of tests that one worker takes as a whole; elsewhere a file is one.
+SLURM, RANKS = "slurm", "ranks"  # one cluster, which a second would make a busy node; runs that two files look at
+RANKS_FILES = ("test_ranks.py", "test_kills.py")
 FIRST = (
-    SLURM, RANKS, "test_watch.py", "test_durability.py", "test_expression.py", "test_trainer.py", "test_synthetic.py",
-    "test_validate.py", "test_report.py",
+    RANKS, SLURM, "test_trainer.py", "test_steps.py", "test_host_reads.py", "test_given_encoder.py", "test_watch.py",
+    "test_durability.py", "test_synthetic.py", "test_validate.py", "test_golden.py", "test_expression.py",
+    "test_report.py",
 )  # fmt: skip
 
 
-def group_of(item: pytest.Item) -> str:
-    """The tests that must meet in one worker with this one."""
-    if SLURM in item.path.parent.parts:
+def group_of(nodeid: str) -> str:
+    """The group of a test: `slurm`, `ranks`, or its file."""
+    path = Path(nodeid.split("::")[0])
+    if path.parent.name == SLURM:
         return SLURM
-    return RANKS if {"alone", "two"} & set(getattr(item, "fixturenames", ())) else str(item.path)
+    return RANKS if path.name in RANKS_FILES else str(path)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deals groups to workers, in the order in which they were collected, whatever `--dist` says.
+
+    xdist's own groups are written into the names of tests, where newer versions of pytest do not read them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In a worker: mark each test with its group, and put the long groups first, for two workers to end together."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    rank = {name: number for number, name in enumerate(FIRST)}
-    items.sort(key=lambda item: rank.get(Path(group_of(item)).name, len(FIRST)))
+    """In a worker: the long groups first, for two workers to end together."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {name: number for number, name in enumerate(FIRST)}
+        items.sort(key=lambda item: rank.get(Path(group_of(item.nodeid)).name, len(FIRST)))
 
 
 @pytest.fixture(scope="session")

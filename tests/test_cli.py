@@ -1,5 +1,6 @@
 """The command `storm`: every sub-command once, the exit codes, one line per error."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,24 @@ def test_predict_with_genes_from_a_list_or_a_file(model: Path, stores: Path, tmp
     assert cli.main([*words, "--genes", str(tmp_path / "genes.txt"), "--unit", "mu"]) == 0
     found = anndata.read_h5ad(tmp_path / "p.h5ad")
     assert list(found.var_names) == ["GENE2"] and list(found.uns["storm"]["genes_left_out"]) == ["GENE39"]
+
+
+def test_predict_of_genes_known_by_descriptors(
+    model: Path, stores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(untrained.MODEL, descriptor_width=3)
+    checkpoint = untrained.write_checkpoint(tmp_path / "run", config=config)
+    described = export.export(checkpoint, tmp_path / "model")
+    np.savez(tmp_path / "d.npz", gene_id=np.array(["ENSG00000099999"]), descriptor=np.array([[1, 2, 3.0]]))
+    words = ["predict", "--store", str(stores / "one.zarr.zip"), "-o", str(tmp_path / "p.h5ad")]
+    words += ["--genes", "GENE3,ENSG00000099999", "--descriptors", str(tmp_path / "d.npz")]
+    assert cli.main([*words, "--model", str(described)]) == 0
+    found = anndata.read_h5ad(tmp_path / "p.h5ad")
+    assert list(found.var_names) == ["GENE3", "ENSG00000099999"] and list(found.var["unseen"]) == [False, True]
+    assert np.isfinite(found.X).all() and (found.X > 0).all()
+    assert "d.npz: has 3 columns, the model was trained without descriptors" in fails(
+        [*words, "--model", str(model)], capsys
+    )
 
 
 def test_the_users_object_is_joined(model: Path, stores: Path, tmp_path: Path) -> None:

@@ -309,6 +309,9 @@ def test_counts_are_those_of_the_terms(images: bool, align_over: str) -> None:
 def test_what_a_model_lacks() -> None:
     assert losses.absent(CONFIG) == {"anchor"}
     assert losses.absent(dataclasses.replace(CONFIG, align_width=0)) == {"align", "anchor"}
+    given = dataclasses.replace(CONFIG, encoder="timm/vit_tiny_patch16_224", encoder_sha256="0")
+    assert losses.absent(given) == set()
+    assert losses.absent(dataclasses.replace(given, encoder_train="frozen")) == {"anchor"}
 
 
 def test_weights_are_a_function_of_the_step() -> None:

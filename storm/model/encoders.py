@@ -135,11 +135,6 @@ def parameters(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in tile_encoder(config).parameters())
 
 
-def is_anchored(config: ModelConfig) -> bool:
-    """Whether an encoder trains from weights that it was given, and is held near them (the term anchor)."""
-    return bool(config.encoder_sha256) and config.encoder_train != "frozen"
-
-
 def fit(config: ModelConfig, path: str = "") -> ModelConfig:
     """The config with what its encoder gives, and with the hash of the file of its weights.
 

@@ -130,7 +130,7 @@ def training(config: ModelConfig, size: Sizes, encoded: bool = True) -> dict[str
     products = _products(config, size)
     found = {level: 2 * (3 * whole + 2 * first) for level, (whole, first) in products.items()}
     whole, first = products["morphology"]
-    anchor = whole if encoders.is_anchored(config) else 0.0
+    anchor = whole if config.is_anchored else 0.0
     passes = {"full": 3 * whole + 2 * first, "lora": 2 * whole, "frozen": whole + first}
     return found | {"morphology": 2 * (passes[config.encoder_train] + anchor) if encoded else 0.0}
 

@@ -190,6 +190,16 @@ class _Autocast(nn.Module):
         return outputs
 
 
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile the blocks alone: they hold the work, and are of few shapes. The whole would be compiled for minutes.
+
+    Lengths differ from batch to batch: attention of packed sequences stays outside the graphs.
+    """
+    layers.attend_packed = torch.compiler.disable(layers.attend_packed)
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        block.compile(dynamic=True, backend=backend)
+
+
 class Engine:
     """A model in training on all ranks."""
 
@@ -197,11 +207,7 @@ class Engine:
         self.world, self.accumulation = world, accumulation
         self.model = model.to(world.device)
         if config.engine.compile:
-            # Lengths differ from batch to batch: attention of packed sequences stays outside the graphs.
-            layers.attend_packed = torch.compiler.disable(layers.attend_packed)
-            # The blocks alone: they hold the work and are of few shapes; the whole model would be compiled for minutes.
-            for block in (module for module in self.model.modules() if isinstance(module, Block)):
-                block.compile(dynamic=True)
+            compile_blocks(self.model)
         module = _Autocast(self.model, config.engine.precision == "bf16", world.device)
         betas = (config.optim.betas[0], config.optim.betas[1])
         self._optimizer = torch.optim.AdamW(

@@ -122,7 +122,7 @@ def build(config: RunConfig, shards: Corpus) -> tuple[Storm, BatchSpec]:
     share, model = shards.genes.share, config.model
     if share is None:
         raise ValueError(f"{shards.name}: the gene table has no column `share`; pack again")
-    checkpointing, anchored = config.engine.activation_checkpointing, encoders.is_anchored(model)
+    checkpointing, anchored = config.engine.activation_checkpointing, model.is_anchored
     network = Storm(model, len(shards.genes), config.seed, checkpointing, anchored)
     network.set_gene_bias(torch.from_numpy(np.log(share)).float())
     if isinstance(network.morphology, encoders.TimmEncoder) and config.encoder.weights:

@@ -62,7 +62,7 @@ def random_ring(seed: int, thin: float = 1.0) -> np.ndarray:
     return turned.astype(np.float32).astype(np.float64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.sampled_from([1.0, 0.3, 1e-3]))
 def test_polygons_equal_the_plain_loop_and_are_never_empty(seed: int, thin: float) -> None:
     rings = [random_ring(seed + i, thin) for i in range(4)]
@@ -73,7 +73,7 @@ def test_polygons_equal_the_plain_loop_and_are_never_empty(seed: int, thin: floa
         assert points[i].any()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.sampled_from([1.0, 1e-3]), st.booleans(), st.integers(0, 3), st.booleans())
 def test_a_flipped_or_turned_outline_has_the_flipped_or_turned_points(
     seed: int, thin: float, flip: bool, turns: int, raster: bool

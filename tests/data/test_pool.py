@@ -54,7 +54,7 @@ def plain(group: Group, grid: Lattice) -> dict[tuple[int, float, float], np.ndar
     return found
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31))
 def test_equals_the_plain_loop(seed: int) -> None:
     group = samples.cells(seed % 7, per_region=60)
@@ -69,7 +69,7 @@ def test_equals_the_plain_loop(seed: int) -> None:
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31))
 def test_one_resolution_per_region_and_no_overlap(seed: int) -> None:
     group = samples.cells(seed % 5)

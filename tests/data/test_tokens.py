@@ -35,7 +35,7 @@ def plain_percentile(value: np.ndarray) -> np.ndarray:
     return np.array([((value < v).sum() + (value == v).sum() / 2) / len(value) for v in value])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=30))
 def test_percentiles_are_those_within_a_row(pairs: list[tuple[int, int]]) -> None:
     row, value = np.array(sorted(pairs)).T

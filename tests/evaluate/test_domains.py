@@ -12,7 +12,7 @@ from storm.evaluate import clusters, domains
 from tests.evaluate import cohorts
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 5))
 def test_the_rand_index_is_the_librarys(seed: int, k: int, c: int) -> None:
     rng = np.random.default_rng(seed)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from storm.evaluate import statistics
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 def test_pearson_is_numpys_whatever_the_scale(seed: int, shift: float, scale: float) -> None:
     rng = np.random.default_rng(seed)

@@ -128,7 +128,7 @@ def turned(shown: Profiles, width: float, height: float, flip: bool, turns: int)
     return dataclasses.replace(shown, xy_um=xy, polygon_um=ring)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 5), st.integers(0, 2**31))
 def test_equals_the_plain_loop(rows: int, cols: int, missing: int, seed: int) -> None:
     t = tissue(rows, cols, min(missing, rows * cols), seed)

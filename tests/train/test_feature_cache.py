@@ -7,56 +7,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from storm import export
-from storm.config import RunConfig, load
 from storm.data.batch import collate
 from storm.data.corpus import open_corpus
 from storm.data.features import touched
 from storm.data.view import plain_view
-from storm.model.encoders import create, fingerprint
+from storm.model.encoders import fingerprint
 from storm.model.storm import Standard
-from storm.presets import ModelConfig
 from storm.train import engine, feature_cache, trainer
-from tests.train import jobs, runs
+from tests.train import encoder, runs
 
 pytest.importorskip("timm")
-NAME = "timm/vit_tiny_patch16_224"
-OPTIONS = {"img_size": 112, "embed_dim": 32, "depth": 1, "num_heads": 2}
-ENCODER = [
-    f"model.encoder={NAME}", f"model.encoder_options={json.dumps(OPTIONS)}", "model.encoder_train=frozen",
-]  # fmt: skip
 VARIANTS = 3
-
-
-def write_weights(path: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    save_file(create(ModelConfig(encoder=NAME, encoder_options=OPTIONS)).state_dict(), path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_weights(tmp_path_factory.mktemp("weights") / "w.safetensors", 3)
-
-
-def config(shards: Path, run_dir: Path, weights: Path, *more: str) -> RunConfig:
-    words = [*runs.words(shards, run_dir, 2, "optim.steps=3"), *ENCODER, f"encoder.weights={weights}", *more]
-    return load(RunConfig, None, words)
+    return encoder.write_weights(tmp_path_factory.mktemp("weights") / "w.safetensors", 3)
 
 
 @pytest.fixture(scope="module")
 def cached(tiny_shards: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache beside the tiny shards."""
-    run = config(tiny_shards, tmp_path_factory.mktemp("none"), weights)
+    run = encoder.config(tiny_shards, tmp_path_factory.mktemp("none"), weights, "frozen")
     (folder,) = trainer.cache_features(run, VARIANTS, ["train"])
     assert trainer.cache_features(run, VARIANTS, ["train"]) == [folder]
     return folder
 
 
 def test_cached_features_are_those_of_the_live_encoder(tiny_shards: Path, weights: Path, cached: Path) -> None:
-    run = config(tiny_shards, Path("none"), weights, "data.features=auto")
+    run = encoder.config(tiny_shards, Path("none"), weights, "frozen", "data.features=auto")
     corpus = open_corpus(run.data)
     run = trainer.fitted(run, corpus)
     model, spec = trainer.build(run, corpus)
@@ -84,7 +66,7 @@ def test_cached_features_are_those_of_the_live_encoder(tiny_shards: Path, weight
 
 
 def test_columns_are_left_out_by_key_and_the_target_is_whole(tiny_shards: Path, weights: Path, cached: Path) -> None:
-    run = config(tiny_shards, Path("none"), weights, "data.features=auto")
+    run = encoder.config(tiny_shards, Path("none"), weights, "frozen", "data.features=auto")
     corpus = open_corpus(run.data)
     run = trainer.fitted(run, corpus)
     model, spec = trainer.build(run, corpus)
@@ -106,7 +88,7 @@ def test_columns_are_left_out_by_key_and_the_target_is_whole(tiny_shards: Path, 
 
 def test_nothing_of_a_hidden_tile_is_shown(tiny_shards: Path, weights: Path, cached: Path) -> None:
     """What is shown of profiles does not move with the maps of the hidden tiles; what is left out is what would."""
-    run = config(tiny_shards, Path("none"), weights, "data.features=auto")
+    run = encoder.config(tiny_shards, Path("none"), weights, "frozen", "data.features=auto")
     corpus = open_corpus(run.data)
     run = trainer.fitted(run, corpus)
     model, spec = trainer.build(run, corpus)
@@ -138,8 +120,9 @@ def test_nothing_of_a_hidden_tile_is_shown(tiny_shards: Path, weights: Path, cac
 def test_a_run_on_the_cache_and_its_export(
     tiny_shards: Path, weights: Path, cached: Path, world: engine.World, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    run = config(tiny_shards, tmp_path / "run", weights, "data.features=auto", "model.image_target=feature",
-                 "mask.image_only=0", "mask.in_context=0", "mask.gene_level=0")  # fmt: skip
+    shown = ["mask.image_only=0", "mask.in_context=0", "mask.gene_level=0"]
+    more = ["data.features=auto", "model.image_target=feature", *shown]
+    run = encoder.config(tiny_shards, tmp_path / "run", weights, "frozen", *more)
     done = trainer.Trainer(run, world)
     done.start("never")
     done.train(2)
@@ -159,31 +142,11 @@ def test_a_run_on_the_cache_and_its_export(
 
 
 def test_features_of_another_encoder_are_refused(tiny_shards: Path, cached: Path, tmp_path: Path) -> None:
-    other = write_weights(tmp_path / "o.safetensors", 4)
+    other = encoder.write_weights(tmp_path / "o.safetensors", 4)
     for named, fact in (("auto", "hold no features of this encoder"), (str(cached), "features of another encoder")):
-        run = config(tiny_shards, tmp_path, other, f"data.features={named}")
+        run = encoder.config(tiny_shards, tmp_path, other, "frozen", f"data.features={named}")
         corpus = open_corpus(run.data)
         run = trainer.fitted(run, corpus)
         model, _ = trainer.build(run, corpus)
         with pytest.raises(ValueError, match=fact):
             feature_cache.find(corpus, run, fingerprint(model.morphology, run.model))
-
-
-def test_two_ranks_divide_an_adapted_encoder(
-    tiny_shards: Path, weights: Path, world: engine.World, tmp_path: Path
-) -> None:
-    """ZeRO 3 on two ranks: what is frozen stays to the bit, adapters move; losses as of one rank in ZeRO 1."""
-    lora = ["model.encoder_train=lora", "optim.steps=2"]
-    alone = trainer.Trainer(config(tiny_shards, tmp_path / "alone", weights, *lora), world)
-    alone.start("never")
-    alone.train()
-    words = [*runs.words(tiny_shards, tmp_path / "two", 2, *ENCODER), f"encoder.weights={weights}", *lora,
-             "engine.zero_stage=3", runs.DIVIDED]  # fmt: skip
-    jobs.Ranks(["launch/pretrain.py", *words], 2, tmp_path / "out.txt").wait()
-    saved = load_file(tmp_path / "two" / "checkpoints" / "step_0000002" / "model.safetensors")
-    for name, tensor in load_file(weights).items():
-        assert torch.equal(saved[f"morphology.model.{name}"], tensor), name
-    adapters = [tensor for name, tensor in saved.items() if "lora_b" in name]
-    assert adapters and all(tensor.any() for tensor in adapters)
-    first, second = ([line["train/loss"] for line in runs.log(tmp_path / name)] for name in ("alone", "two"))
-    np.testing.assert_allclose(first, second, rtol=1e-4)

@@ -4,22 +4,25 @@ A CPU has no device to wait for, so reads are found by the operations that would
 result or its shape depends on a tensor's values.
 """
 
+import dataclasses
+import functools
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from storm import losses
-from storm.model.layers import Block
+from storm.model import encoders, layers
 from storm.model.storm import Storm
+from storm.train import engine
 from tests.model.batches import CONFIG, N_GENES, Batch, awake, make_batch
 
 REPO = Path(__file__).resolve().parents[2]
@@ -31,8 +34,19 @@ BY_MASK = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_
 METHODS = {Tensor.cpu, Tensor.tolist, Tensor.numpy, Tensor.item}  # on a CPU some of these reach no operation
 # (file, operation) -> why it stays. What is no longer read must leave this list.
 KNOWN = {
-    ("storm/model/spatial.py", "aten::_local_scalar_dense"): "the longest context bounds the keys of every block",
+    (
+        "storm/model/layers.py",
+        "Tensor.tolist",
+    ): "lengths of packed sequences, on the CPU alone",
 }
+SWITCHED = dataclasses.replace(
+    CONFIG, expression="tokens", expression_width=16, position="distance_bias", descriptor_width=6, likelihood="zinb",
+)  # fmt: skip
+GIVEN = encoders.fit(dataclasses.replace(
+    CONFIG, encoder="timm/vit_tiny_patch16_224", encoder_train="lora", encoder_sha256="0",
+    encoder_options={"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+))  # fmt: skip
+MOST_PACKED = 6  # the parts of a block around the attention of packed sequences
 MOST_GRAPHS = 6  # of the blocks over 20 steps: one per level and kind of pass, and one for a single region
 
 
@@ -86,15 +100,19 @@ def reads(work: Callable[[], Any]) -> "Counter[tuple[str, str]]":
 
 
 def step(model: Storm, batch: Batch) -> None:
-    """Forward, losses, backward."""
-    sums, counts = zip(*losses.terms(model(batch), batch).values(), strict=True)
-    torch.stack([total / count.clamp_min(1) for total, count in zip(sums, counts, strict=True)]).sum().backward()
+    """Forward, losses and what the log tells of them, backward."""
+    counts, outputs = losses.counts(batch, losses.absent(model.config)), model(batch)
+    found = losses.terms(outputs, batch)
+    losses.expr_by_mode(outputs, batch)
+    torch.stack([total / counts[term].clamp_min(1) for term, (total, _) in found.items()]).sum().backward()
 
 
-@pytest.mark.parametrize("images", [True, False])
-def test_no_step_reads_a_value_that_is_not_on_the_list(images: bool) -> None:
-    model, batch = awake(Storm(CONFIG, N_GENES, activation_checkpointing=True)), make_batch(images=images)
-    found = reads(lambda: step(model, batch))
+def test_no_step_reads_a_value_that_is_not_on_the_list() -> None:
+    found: Counter[tuple[str, str]] = Counter()
+    for config in (CONFIG, SWITCHED, GIVEN):
+        model = awake(Storm(config, N_GENES, activation_checkpointing=True, anchored=config.is_anchored))
+        for batch in (make_batch(images=images, config=config) for images in (True, False)):
+            found += reads(functools.partial(step, model, batch))
     assert set(found) - set(KNOWN) == set(), "reads a tensor's value on the host: a device waits there at every step"
     assert set(KNOWN) - set(found) == set(), "on the list, and read no longer: remove it there"
 
@@ -119,16 +137,34 @@ def test_the_detector_sees_a_read_in_the_backward_pass_and_none_where_there_is_n
     assert reads(lambda: torch.where(x > 0, x, 0)[torch.tensor([0, 2])].sum()).total() == 0
 
 
-def test_batches_of_varying_sizes_share_their_graphs() -> None:
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[nn.Module], None]]:
+    """What makes a model's blocks compiled ones, with nothing compiled before; what is counted precedes the code."""
     torch._dynamo.reset()
     counters.clear()
-    model = awake(Storm(CONFIG, N_GENES))
-    for block in (module for module in model.modules() if isinstance(module, Block)):
-        block.compile(dynamic=True, backend="aot_eager")  # as the engine does; what is counted precedes the code
-    graphs = []
+    monkeypatch.setattr(layers, "attend_packed", layers.attend_packed)  # put back at the end
+    yield functools.partial(engine.compile_blocks, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+def test_batches_of_varying_sizes_share_their_graphs(compiler: Callable[[nn.Module], None]) -> None:
+    model, graphs = awake(Storm(CONFIG, N_GENES)), []
+    compiler(model)
     for number in range(20):
         step(model, make_batch(regions=1 + number % 3, side=2 + number % 2, n=5 + number, k=8 + number, seed=number))
         graphs.append(counters["stats"]["unique_graphs"])
     assert 0 < graphs[-1] <= MOST_GRAPHS, graphs
     assert counters["graph_break"] == {}, "a break in a block"
-    torch._dynamo.reset()
+
+
+def test_packed_sequences_of_varying_lengths_share_their_graphs(compiler: Callable[[nn.Module], None]) -> None:
+    model, graphs = layers.Transformer(2, 16, 8), []
+    compiler(model)
+    for number in range(20):
+        length = torch.arange(3 + number, 0, -1 - number % 2)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
+        x = torch.randn(1, int(length.sum()), 16, requires_grad=True)
+        model(x, context=layers.Packing(offsets, int(length.max()))).sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[-1] <= MOST_PACKED, graphs
+    assert len(counters["graph_break"]) == 1, "a break beside that at the attention of packed sequences"

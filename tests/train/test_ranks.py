@@ -17,7 +17,7 @@ from storm.losses import TERMS
 from storm.train import engine
 from storm.train.trainer import FINISHED, Trainer
 from tests.train import jobs, plain, runs
-from tests.train.test_trainer import agree
+from tests.train.runs import agree
 
 # Sums of other orders differ in their last bits, and AdamW carries that on: seen 2e-7 of a loss, 2e-6 of the weights.
 LOSS, WEIGHT = 2e-6, 1e-4
@@ -60,6 +60,7 @@ def test_two_ranks_have_the_losses_and_gradients_of_one_with_all_terms_on(
     agree(runs.first_step(load(RunConfig, None, runs.all_terms(wide_shards, tmp_path, 1)), world), found)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
 def test_two_ranks_have_the_gradients_of_one_with_every_switch(
     two: Callable, tiny_shards: Path, world: engine.World, tmp_path: Path, stage: int
 ) -> None:

@@ -15,10 +15,10 @@ from storm.evaluate import statistics
 from storm.shards import ShardSet
 from storm.train import engine, validate
 from storm.train.engine import World
-from storm.train.trainer import Trainer
+from storm.train.trainer import Trainer, cache_features
 from storm.train.validate import Validation
 from tests.conftest import PREP_TINY
-from tests.train import runs
+from tests.train import encoder, runs
 from tests.train.jobs import REPO, environment, free_port
 
 
@@ -137,6 +137,25 @@ def test_the_mean_correlation_is_that_of_the_report() -> None:
     moments[1] = 0  # a section that was not looked at
     assert validate.mean_pearson(moments) == pytest.approx(statistics.pearson(predicted[0], measured[0]).mean())
     assert validate.mean_pearson(torch.zeros(2, 6, 4)) is None
+
+
+def test_on_cached_features_it_tells_what_the_live_encoder_would(held_out: Path, world: World, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    shards = shutil.copytree(held_out, tmp_path / "shards")
+    weights = encoder.write_weights(tmp_path / "w.safetensors", 3)
+    more = ["validation.every_steps=1", "mask.recut=0", "mask.crop=0", "mask.pool_cells=0"]
+    live = encoder.config(shards, tmp_path / "live", weights, "frozen", *more)
+    with pytest.raises(ValueError, match="hold no features of this encoder"):
+        Trainer(encoder.config(shards, tmp_path / "none", weights, "frozen", *more, "data.features=auto"), world)
+    cache_features(live, 1, ["train", "val"])
+    cached = encoder.config(shards, tmp_path / "cached", weights, "frozen", *more, "data.features=auto")
+    found = []
+    for config in (live, cached):
+        run = Trainer(config, world)
+        found.append(run.validation.run(run.engine))  # type: ignore[union-attr]
+    assert found[0].keys() == found[1].keys() and found[1]["val/expr"] is not None
+    for tag in ("val/pearson", "val/expr", "val/depth"):
+        assert found[1][tag] == pytest.approx(found[0][tag], rel=0.02), tag
 
 
 def test_a_damaged_group_is_an_error_or_replaced(
