@@ -89,7 +89,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor, code: Rotation | None = None) -> Tensor:
-        """x / rms(x) * weight over the last dimension, of heads [S, L, H, W] then turned by the code of their places."""
+        """x / rms(x) * weight over the last dimension; heads [S, L, H, W] then turn by the code of their places."""
         if fused.serves(x):
             return fused.norm(x, self.weight, self.eps, *(part.unsqueeze(-2) for part in code or ()))
         x = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
