@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_ROWS = 256  # at a time, so that what lies between two operations stays in a cache
+
 
 def serves(x: Tensor) -> bool:
     """Whether this room is for `x`: on a CPU, in full precision, where nothing compiles."""
@@ -51,7 +53,9 @@ class _Norm(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """silu(gate) * up of the two halves of the last dimension."""
+    """silu(gate) * up of the two halves of the last dimension. The derivative is written where they lay: new memory of
+    that size costs more than the arithmetic. Whoever else needs them, or a second backward pass, is told so by torch.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -63,12 +67,13 @@ class _Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_up)
-        out_gate, out_up = out.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=out_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=out_gate)
-        return out
+        rows = gate_up.flatten(0, -2)
+        gates, ups = rows.chunk(2, dim=-1)
+        for gate, up, pull in zip(*(x.split(_ROWS) for x in (gates, ups, grad.flatten(0, -2))), strict=True):
+            through, opened = pull * up, F.silu(gate)
+            torch.ops.aten.silu_backward.grad_input(through, gate, grad_input=gate)
+            torch.mul(pull, opened, out=up)
+        return rows.view_as(gate_up)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, *code: Tensor) -> Tensor:
@@ -77,5 +82,5 @@ def norm(x: Tensor, weight: Tensor, eps: float, *code: Tensor) -> Tensor:
 
 
 def gate(gate_up: Tensor) -> Tensor:
-    """silu(first half) * second half of the last dimension."""
+    """silu(first half) * second half of the last dimension; `gate_up` is of no use after a backward pass."""
     return _Gate.apply(gate_up)  # type: ignore[no-any-return,no-untyped-call]

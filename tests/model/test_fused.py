@@ -42,14 +42,22 @@ def test_norm_alone_and_of_zeros() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_gate() -> None:
+def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_ROWS", 4)
     x, pull = drawn(2, 3, 16), drawn(2, 3, 8)
     found = []
     for way in (fused.gate, lambda x: F.silu(x[..., :8]) * x[..., 8:]):
         a = x.clone().requires_grad_()
-        y = way(a)
+        y = way(1 * a)  # what it is given is its own
         found.append((y, *torch.autograd.grad((y * pull).sum(), (a,))))
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_second_backward_pass_through_a_gate_is_refused() -> None:
+    y = fused.gate(1 * drawn(2, 16).requires_grad_()).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_it_serves_full_precision_alone(monkeypatch: pytest.MonkeyPatch) -> None:
