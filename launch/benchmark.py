@@ -10,6 +10,8 @@ from pathlib import Path
 
 from storm.commands import guarded
 
+MODEL_TABLES = ("speed", "profiles", "memory")
+
 
 def _overhead(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     part = commands.add_parser("overhead", help="share of a step around forward, backward and optimizer, on one rank")
@@ -63,7 +65,38 @@ def loader(args: argparse.Namespace) -> int:
     return 0
 
 
-PARTS = (_loader, _overhead, _scaling)
+def _model(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    part = commands.add_parser("model", help="the model on a CPU: beside timm, beside one tile per profile, its memory "
+                                             "(about 15 minutes)")  # fmt: skip
+    part.add_argument("--only", nargs="+", choices=MODEL_TABLES, default=MODEL_TABLES, help="some tables")
+    part.add_argument("--turns", type=int, default=5, help="turns of each (default: 5)")
+    part.add_argument("--threads", type=int, default=2)
+    part.add_argument("--preset", default="", help="of all tables (default: small, for memory base)")
+    part.set_defaults(run=model)
+
+
+def model(args: argparse.Namespace) -> int:
+    """`benchmark.py model`."""
+    import torch
+
+    from storm.presets import resolve_model
+    from storm.train import benchmark_memory
+    from storm.train import benchmark_model as part
+
+    torch.set_num_threads(args.threads)
+    small, base = (resolve_model({"preset": args.preset or name}) for name in ("small", "base"))
+    tables = {
+        "speed": lambda: part.gemm_share(small, part.GROUP, args.turns),
+        "profiles": lambda: part.profile_rates(small, (part.CELLS, part.SPOTS), args.turns),
+        "memory": lambda: benchmark_memory.memory_table(base, part.SPOTS, part.GENES, args.threads),
+    }
+    for name in args.only:
+        preset = args.preset or ("base" if name == "memory" else "small")
+        print(f"### {name}, preset {preset}\n\n{tables[name]()}\n", flush=True)
+    return 0
+
+
+PARTS = (_loader, _model, _overhead, _scaling)
 
 
 def main() -> int:

@@ -184,9 +184,10 @@ def _block(width: int, tokens: float, context: float, pairs: float) -> float:
 def activation_bytes(config: ModelConfig, size: Sizes, bf16: bool, checkpointing: bool) -> float:
     """Estimate of what a forward pass keeps for its backward pass, from the tensors that autograd saves.
 
-    Per token and block: in fp32 14 widths and 4 hidden widths, under bf16 autocast half of these in 2 bytes. Beside the
-    blocks: the pixels as patches, a dozen arrays of profiles x loss genes, and the bias of distances. With
-    `checkpointing` a block keeps its input alone, and one block at a time is complete.
+    Per token and block: in fp32 10 widths and 3 hidden widths (as storm.model.fused keeps them), under bf16 autocast 8
+    widths in fp32, 8 and 4 hidden widths in bf16. Beside the blocks: the pixels as patches, a dozen arrays of profiles
+    x loss genes, and the bias of distances. With `checkpointing` a block keeps its input alone, and one block at a time
+    is complete.
     """
     patches = size.tiles * (config.tile_px // config.patch_px) ** 2
     levels = [
@@ -195,7 +196,7 @@ def activation_bytes(config: ModelConfig, size: Sizes, bf16: bool, checkpointing
         (config.fusion_depth, PARTS * size.profiles, config.fusion_width),
         (config.space_depth, size.tokens, config.space_width),
     ]  # fmt: skip
-    a, b = (8 * 4 + 8 * 2, 4 * 2) if bf16 else (14 * 4, 4 * 4)
+    a, b = (8 * 4 + 8 * 2, 4 * 2) if bf16 else (10 * 4, 3 * 4)
     whole = [tokens * (a * width + b * hidden_width(width)) for _, tokens, width in levels]
     if checkpointing:
         kept = sum(depth * tokens * width * 4 for depth, tokens, width in levels) + max(whole)

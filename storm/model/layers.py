@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from storm.model import fused
+
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, each [..., L, W / 2]
 
 
@@ -73,10 +75,10 @@ def rotation(xy_um: Tensor, head_width: int, shortest_um: float, longest_um: flo
     return angle.cos(), angle.sin()
 
 
-def rotate(x_SHLW: Tensor, code: Rotation) -> Tensor:
+def rotate(x_SLHW: Tensor, code: Rotation) -> Tensor:
     """Turn the pairs (w, w + W / 2) of every head by the angles of `code`."""
-    cos, sin = (part.unsqueeze(-3) for part in code)
-    a, b = x_SHLW.chunk(2, dim=-1)
+    cos, sin = (part.unsqueeze(-2) for part in code)
+    a, b = x_SLHW.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
@@ -86,9 +88,20 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x / rms(x) * weight over the last dimension."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+    def forward(self, x: Tensor, code: Rotation | None = None) -> Tensor:
+        """x / rms(x) * weight over the last dimension; heads [S, L, H, W] then turn by the code of their places."""
+        if fused.serves(x):
+            return fused.norm(x, self.weight, self.eps, *(part.unsqueeze(-2) for part in code or ()))
+        x = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return x if code is None else rotate(x, code)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of the two halves of the last dimension."""
+    if fused.serves(gate_up):
+        return fused.gate(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def attend(query_SHLW: Tensor, key_SHMW: Tensor, value_SHMW: Tensor, context: Context) -> Tensor:
@@ -159,24 +172,22 @@ class Block(nn.Module):
     def forward(self, x_SLD: Tensor, code: Rotation | None = None, context: Context = None) -> Tensor:
         """Tokens after one block. See `Transformer.forward`."""
         x_SLD = x_SLD + self._attend(self.attention_norm(x_SLD), code, context)
-        gate, up = self.gate_up(self.mlp_norm(x_SLD)).chunk(2, dim=-1)
-        return x_SLD + self.down(F.silu(gate) * up)
+        return x_SLD + self.down(gated(self.gate_up(self.mlp_norm(x_SLD))))
 
     def _attend(self, x_SLD: Tensor, code: Rotation | None, context: Context) -> Tensor:
-        m = context.shape[-1] if isinstance(context, Tensor) else x_SLD.shape[1]
-        key, value = self.key_value(x_SLD[:, :m]).chunk(2, dim=-1)
-        query_SHLW = self.query_norm(self._heads(self.query(x_SLD)))
-        key_SHMW, value_SHMW = self.key_norm(self._heads(key)), self._heads(value)
-        if code is not None:
-            query_SHLW = rotate(query_SHLW, code)
-            key_SHMW = rotate(key_SHMW, (code[0][..., :m, :], code[1][..., :m, :]))
-        query_SHLW, key_SHMW = query_SHLW.type_as(value), key_SHMW.type_as(value)  # the code is float32 under autocast
-        y_SHLW = attend(query_SHLW, key_SHMW, value_SHMW, context)
-        return self.attended(y_SHLW.transpose(1, 2).flatten(2))
+        seen, at = x_SLD, code
+        if isinstance(context, Tensor) and context.shape[-1] < x_SLD.shape[1]:
+            m = context.shape[-1]
+            seen, at = x_SLD[:, :m], code and (code[0][..., :m, :], code[1][..., :m, :])
+        key, value = self.key_value(seen).chunk(2, dim=-1)
+        query_SLHW = self.query_norm(self._heads(self.query(x_SLD)), code)
+        key_SMHW, value_SMHW = self.key_norm(self._heads(key), at), self._heads(value)
+        heads = (x.type_as(value).transpose(1, 2) for x in (query_SLHW, key_SMHW, value_SMHW))  # the code is float32
+        return self.attended(attend(*heads, context).transpose(1, 2).flatten(2))
 
     def _heads(self, x_SLD: Tensor) -> Tensor:
-        """[S, L, D] -> [S, H, L, W]."""
-        return x_SLD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        """[S, L, D] -> [S, L, H, W]."""
+        return x_SLD.unflatten(-1, (-1, self.head_width))
 
 
 class Transformer(nn.Module):

@@ -116,12 +116,12 @@ def test_nobody_attends_to_a_query() -> None:
 
 
 def test_rotary_code_acts_by_differences_of_places() -> None:
-    q, k = torch.randn(1, 6, HEAD).double(), torch.randn(1, 6, HEAD).double()
+    q, k = torch.randn(6, 1, HEAD).double(), torch.randn(6, 1, HEAD).double()
     xy = 500 * torch.randn(6, 2).double()
 
     def scores(places: Tensor) -> Tensor:
         code = rotation(places, HEAD, 50.0, 6400.0)
-        return rotate(q, code) @ rotate(k, code).mT
+        return rotate(q, code)[:, 0] @ rotate(k, code)[:, 0].mT
 
     torch.testing.assert_close(scores(xy + torch.tensor([1234.5, -77.0])), scores(xy))
     assert (scores(1.05 * xy) - scores(xy)).abs().max() > 1e-3
