@@ -11,14 +11,15 @@ control, and
     c  niche: depends on a source 100-250 um away
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from storm.evaluate import targets
-from storm.evaluate.expression import MODEL, Cohort, Score, baseline_scores, model_predictions, score
+from storm.evaluate import statistics, targets
+from storm.evaluate.expression import MODEL, Cohort, baseline_scores, model_predictions
 from storm.evaluate.sections import Section
 from storm.export import Pretrained
 
@@ -33,37 +34,61 @@ def class_table(pretrained: Pretrained, cohort: Cohort, truth_dir: Path, seed: i
     Raises:
         ValueError: a test section has no truth, or another one.
     """
+    return with_model(pretrained, cohort, references(cohort, truth_dir, seed))
+
+
+@dataclass(frozen=True)
+class References:
+    """What a model's scores stand beside, the same for every model on one cohort."""
+
+    columns: npt.NDArray[np.int64]  # [K] genes of the cohort that the truth knows
+    kind: npt.NDArray[np.str_]  # [K] their classes
+    measured: list[Floats]  # [N, K] of each test section, lognorm
+    scores: dict[str, Floats]  # method -> [K], mean over the sections
+
+    def means(self, genes_K: Floats) -> dict[str, float]:
+        """Class -> mean over its genes."""
+        return {str(name): float(genes_K[self.kind == name].mean()) for name in sorted(set(self.kind))}
+
+
+def references(cohort: Cohort, truth_dir: Path, seed: int = 0) -> References:
+    """The baselines that are shown, and the oracle. Raises ValueError as `class_table`."""
     truths = [_truth(truth_dir, section, cohort.gene_ids) for section in cohort.test]
     kind = truths[0][0]
     columns = np.flatnonzero(kind != "")
-    found: dict[str, Score] = {
-        name: value for name, value in baseline_scores(cohort, "lognorm", columns, seed).items() if name in SHOWN
-    }
     measured = [targets.lognorm(section.counts[:, columns], section.depth) for section in cohort.test]
-    predicted = model_predictions(pretrained, cohort, [cohort.gene_ids[i] for i in columns])["lognorm"]
     oracle = [np.log1p(targets.SCALE * expected[:, columns]) for _, expected in truths]
-    found = {
-        MODEL: score([predicted], measured, cohort.test, seed),
-        **found,
-        ORACLE: score([oracle], measured, cohort.test, seed),
-    }
+    found = baseline_scores(cohort, "lognorm", columns, seed, only=SHOWN)
+    scores = {name: found[name].genes for name in SHOWN} | {ORACLE: _pearson(oracle, measured).mean(0)}
+    return References(columns, kind[columns], measured, scores)
+
+
+def with_model(pretrained: Pretrained, cohort: Cohort, known: References) -> dict[str, Any]:
+    """The table of `class_table`, where the references are known."""
+    predicted = model_predictions(pretrained, cohort, [cohort.gene_ids[i] for i in known.columns])["lognorm"]
+    each = _pearson(predicted, known.measured)
+    means = {name: known.means(genes) for name, genes in {MODEL: each.mean(0), **known.scores}.items()}
     classes = {}
-    for name in sorted(set(kind[columns])):
-        members = kind[columns] == name
-        means = {method: float(entry.genes[members].mean()) for method, entry in found.items()}
-        classes[name] = {"genes": int(members.sum()), "scores": means, "skill": _skill(means)}
-    donors = _by_donor(found[MODEL], cohort.test, kind[columns])
-    return {"target": "lognorm", "methods": list(found), "classes": classes, "model_by_donor": donors}
+    for name in sorted(set(known.kind)):
+        scores = {method: of[name] for method, of in means.items()}
+        classes[str(name)] = {"genes": int((known.kind == name).sum()), "scores": scores, "skill": skill(scores)}
+    donors = _by_donor(each, cohort.test, known.kind)
+    return {"target": "lognorm", "methods": list(means), "classes": classes, "model_by_donor": donors}
 
 
-def _by_donor(model: Score, sections: list[Section], kind: npt.NDArray[np.str_]) -> dict[str, list[float]]:
-    """Class -> the model's mean Pearson for each test donor, in the order of their names (which are not told)."""
+def _pearson(predicted: list[Floats], measured: list[Floats]) -> Floats:
+    """[S, K] within each section."""
+    return np.stack([statistics.pearson(x, y) for x, y in zip(predicted, measured, strict=True)])
+
+
+def _by_donor(each: Floats, sections: list[Section], kind: npt.NDArray[np.str_]) -> dict[str, list[float]]:
+    """Class -> mean of scores [S, K] for each test donor, in the order of their names (which are not told)."""
     donors = sorted({section.donor for section in sections})
     member = np.array([[section.donor == donor for section in sections] for donor in donors])
-    return {str(name): [float(model.each[own][:, kind == name].mean()) for own in member] for name in sorted(set(kind))}
+    return {str(name): [float(each[own][:, kind == name].mean()) for own in member] for name in sorted(set(kind))}
 
 
-def _skill(means: dict[str, float]) -> float | None:
+def skill(means: dict[str, float]) -> float | None:
     """None where the oracle is hardly better than colour ridge: a ratio of noise says nothing."""
     room = means[ORACLE] - means["colour ridge"]
     return (means[MODEL] - means["colour ridge"]) / room if room > 0.02 else None

@@ -12,7 +12,7 @@ predictions per target:
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,9 +173,11 @@ def read(
 
 
 def baseline_scores(
-    cohort: Cohort, name: str, columns: npt.NDArray[np.int64], seed: int, seen: Seen | None = None
-) -> dict[str, Score]:
-    """Every baseline of METHODS on one target and one choice of genes; with `seen` those on what a model sees too."""
+    cohort: Cohort, name: str, columns: npt.NDArray[np.int64], seed: int, seen: Seen | None = None,
+    only: Collection[str] = (),
+) -> dict[str, Score]:  # fmt: skip
+    """Every baseline of METHODS (or `only` those named) on one target and one choice of genes; with `seen` those on
+    what a model sees too."""
     images = seen.image if seen else (None, None)
     train, test = inputs(cohort.train, images[0]), inputs(cohort.test, images[1])
     truth = {id(s): targets.target(name, s.counts[:, columns], s.depth) for s in cohort.train + cohort.test}
@@ -184,7 +186,7 @@ def baseline_scores(
     ends = np.cumsum([len(section.rows) for section in cohort.test])[:-1]
     found = {}
     for i, method in enumerate(METHODS):
-        if method.of_image and not seen:
+        if (method.of_image and not seen) or (only and method.name not in only):
             continue
         draws = method.predict(train, y, test, np.random.default_rng([seed, i]))
         found[method.name] = score([np.split(d, ends) for d in draws], measured, cohort.test, seed)
