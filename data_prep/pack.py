@@ -189,7 +189,8 @@ def _table(manifest: dict[str, Any]) -> str:
     if manifest["split_by"] == "section":
         lines.append("SPLIT BY SECTION: a donor's sections may be in several splits; results say nothing on new donors")
     if manifest["genes_left_out"]:
-        lines.append(f"{manifest['genes_left_out']} genes that the older set does not hold are left out")
+        why = "that the older set does not hold" if manifest["appended_to"] else "that withheld_genes names"
+        lines.append(f"{manifest['genes_left_out']} genes {why} are left out")
     if "test" not in manifest["splits"] and not manifest["appended_to"]:
         lines.append(
             "NO TEST SPLIT: nothing to evaluate on; name test donors in the manifest's column split before training"

@@ -100,6 +100,7 @@ def donor_composition(stores: Sequence[tuple[Path, npt.NDArray[np.int32]]], size
     """One donor's composition from its stores, each with its `columns`."""
     counts, measured = np.zeros(size), np.zeros(size, bool)
     for path, column in stores:
-        np.add.at(counts, column, store.SlideStore(path).gene_totals())
-        measured[column] = True
+        known = column >= 0
+        np.add.at(counts, column[known], store.SlideStore(path).gene_totals()[known])
+        measured[column[known]] = True
     return composition(counts, measured)

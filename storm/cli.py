@@ -80,13 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         ("--shards", True, "shard set: it says which slides were for training"), ("--run", False, "run folder"),
         ("--truth", False, "truth folder of a synthetic corpus"),
         ("--labels", False, "folder of <slide>.csv (profile_id, label): annotated domains"),
+        ("--descriptors", False, "npz by which genes that the model lacks are known"),
     ):  # fmt: skip
         command.add_argument(
             name, dest=name[2:] + ("_dir" if name == "--run" else ""), type=Path, required=needed, help=text
         )
     command.add_argument(
         "--protocols", default="expression",
-        help="a list of expression, imputation, domains, retrieval, transfer, probes (default: expression)",
+        help="a list of expression, imputation, domains, retrieval, transfer, probes, unseen (default: expression)",
     )  # fmt: skip
     command.add_argument("--seed", type=int, default=0, help="of baselines and bootstrap")
     _add_symmetries(command)
@@ -293,11 +294,10 @@ def export(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """`storm evaluate`."""
-    from storm.evaluate import report
+    from storm.evaluate import protocols, report
 
-    sources = report.Sources(
-        args.model, args.store, args.shards, args.truth, args.labels, args.run_dir, args.symmetries
-    )
+    known = protocols.Known(args.truth, args.labels, args.descriptors)
+    sources = report.Sources(args.model, args.store, args.shards, known, args.run_dir, args.symmetries)
     print(report.write(sources, args.out, args.protocols.split(","), args.seed))
     return 0
 

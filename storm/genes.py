@@ -8,7 +8,7 @@ import functools
 import gzip
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -185,6 +185,24 @@ def read_aliases(path: Path) -> dict[str, str]:
     if bad is not None:
         raise ValueError(f"{path}: line {bad} has not two tab-separated columns (name, Ensembl id or symbol)")
     return dict(rows)
+
+
+def read_ids(path: Path) -> frozenset[str]:
+    """The Ensembl ids of a file, one a line, without version. Raises ValueError naming the file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give one with an Ensembl id per line")
+    names = path.read_text(encoding="utf-8").split()
+    bad = next((name for name in names if not _ENSEMBL.fullmatch(name)), None)
+    if bad is not None or not names:
+        fact = "holds no gene" if bad is None else f"{bad!r} is no Ensembl id"
+        raise ValueError(f"{path}: {fact}; give one with an Ensembl id per line")
+    return frozenset(name.partition(".")[0] for name in names)
+
+
+def without(table: GeneTable, ids: Collection[str]) -> GeneTable:
+    """The table without some genes, and without shares."""
+    kept = [i for i, gene_id in enumerate(table.ids) if gene_id not in ids]
+    return GeneTable(tuple(table.ids[i] for i in kept), tuple(table.symbols[i] for i in kept))
 
 
 def pack_panel(mask: npt.NDArray[np.bool_]) -> str:

@@ -60,6 +60,9 @@ class PrepConfig(Section):
     pool_mb: float = Field(
         default=4000.0, gt=0, description="slides whose groups are mixed in shards come to so much; a task packs a pool"
     )
+    withheld_genes: str = Field(
+        default="", description="file of Ensembl ids, one a line: genes that shards leave out, to prove unseen ones on"
+    )
     split_by: Literal["donor", "section"] = "donor"
     val_share: float = Field(default=0.0, ge=0, lt=1, description="of donors without a split in the manifest")
     test_share: float = Field(default=0.0, ge=0, lt=1, description="of donors without a split in the manifest")

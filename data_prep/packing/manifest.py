@@ -32,11 +32,14 @@ class Options:
 
 
 def prep(config: PrepConfig) -> dict[str, Any]:
-    """The resolved config for the manifest, which may be shared: the aliases' sha256 stands for their path."""
+    """The resolved config for the manifest, which may be shared: the sha256 of a file stands for its path."""
     values = config.model_dump()
     if config.aliases:
         genes.read_aliases(Path(config.aliases))
         values["aliases"] = files.sha256_file(Path(config.aliases))
+    if config.withheld_genes:
+        genes.read_ids(Path(config.withheld_genes))
+        values["withheld_genes"] = files.sha256_file(Path(config.withheld_genes))
     return values
 
 
@@ -79,7 +82,7 @@ def make(
     if not held.slides and "train" not in split_of.values():
         raise ValueError("no slide with profiles is in split train; correct the column split and build")
     tables = {one.gene_list: tables[one.gene_list] for one in taken}
-    found = vocabulary.over(tables, held.table)
+    found = vocabulary.over(tables, held.table or _kept(tables, config))
     train = [one for one in taken if split_of[one.source.slide_id] == "train"]
     if not held.slides:
         found = planning.with_shares(found, tables, train, options.workers)
@@ -93,6 +96,19 @@ def make(
         {one.source.slide_id: one.counts for one in taken}, {one.source.slide_id: one.log_density for one in taken},
         manifest,
     ), table, notes  # fmt: skip
+
+
+def _kept(tables: dict[str, genes.GeneTable], config: PrepConfig) -> genes.GeneTable | None:
+    """The genes of a first set where some are withheld; None: all."""
+    if not config.withheld_genes:
+        return None
+    path = Path(config.withheld_genes)
+    withheld, union = genes.read_ids(path), genes.union(list(tables.values()))
+    kept = genes.without(union, withheld)
+    if not 0 < len(kept) < len(union):
+        fact = "names every gene" if len(kept) == 0 else "names no gene"
+        raise ValueError(f"{path}: {fact} of these stores; give some of their Ensembl ids, or leave withheld_genes out")
+    return kept
 
 
 def _splits(infos: Sequence[SlideInfo], held: Held, config: PrepConfig) -> dict[str, str]:
@@ -137,7 +153,7 @@ def _describe(
         "slides": {one.source.slide_id: _slide(one, split_of, found) for one in taken},
         "organs": sorted({one.info.organ for one in taken}), "platforms": sorted({one.info.platform for one in taken}),
         "licenses": _licenses(taken), "appended_to": list(held.manifests),
-        "genes_left_out": max(found.left_out.values()) if held.slides else 0,
+        "genes_left_out": max(found.left_out.values()),
     }  # fmt: skip
 
 

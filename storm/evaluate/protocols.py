@@ -4,16 +4,19 @@ In: an export, a cohort. Out: plain values for JSON; a protocol that cannot be r
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storm.evaluate import domains, imputation, probes, retrieval, transfer
+from storm import descriptors
+from storm.evaluate import domains, imputation, probes, retrieval, transfer, unseen
 from storm.evaluate.expression import Cohort
 from storm.export import Pretrained
 
 EXPRESSION = "expression"  # protocol 2: its tables and figures are the report's first part
 _MODULES = {"imputation": imputation, "retrieval": retrieval, "transfer": transfer, "probes": probes}
-NAMES = (EXPRESSION, "imputation", "domains", "retrieval", "transfer", "probes")
+_TEXTS = {**_MODULES, "domains": domains, "unseen": unseen}
+NAMES = (EXPRESSION, "imputation", "domains", "retrieval", "transfer", "probes", "unseen")
 
 
 def check(names: Sequence[str]) -> None:
@@ -24,12 +27,23 @@ def check(names: Sequence[str]) -> None:
         raise ValueError(f"protocols: {said} is no protocol; choose of {', '.join(NAMES)}")
 
 
-def run(
-    pretrained: Pretrained, cohort: Cohort, seed: int, truth_dir: Path | None, labels_dir: Path | None, name: str
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Known:
+    """What is known beside the cohort, where it is: truth of synthetic tissue, labels of domains (<slide>.csv), and
+    tables that describe genes, files as `storm.descriptors` reads them."""
+
+    truth: Path | None = None
+    labels: Path | None = None
+    descriptors: Path | None = None
+
+
+def run(pretrained: Pretrained, cohort: Cohort, seed: int, known: Known, name: str) -> dict[str, Any]:
     """The values of a protocol other than `expression`."""
     if name == "domains":
-        return domains.evaluate(pretrained, cohort, seed, truth_dir, labels_dir)
+        return domains.evaluate(pretrained, cohort, seed, known.truth, known.labels)
+    if name == "unseen":
+        table = descriptors.read(known.descriptors) if known.descriptors else None
+        return unseen.evaluate(pretrained, cohort, table, seed)
     return _MODULES[name].evaluate(pretrained, cohort, seed)
 
 
@@ -37,4 +51,4 @@ def text(name: str, values: dict[str, Any]) -> str:
     """The tables of a protocol, or why there are none."""
     if "skipped" in values:
         return f"Skipped: {values['skipped']}."
-    return domains.text(values) if name == "domains" else _MODULES[name].text(values)
+    return _TEXTS[name].text(values)

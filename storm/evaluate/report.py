@@ -30,6 +30,7 @@ from storm.markdown import table as markdown
 
 VALUES = "evaluation.json"
 GENES_DRAWN = 3
+NOTHING = protocols.Known()
 
 _REPORT = """# Report: protocol {protocol}
 
@@ -69,14 +70,13 @@ _PROVENANCE = (
 
 @dataclass(frozen=True)
 class Sources:
-    """What an evaluation reads: an export, stores, the shard set that split them; and where there are any, the truth of
-    synthetic tissue, labels of domains (<slide>.csv), and the run."""
+    """What an evaluation reads: an export, stores, the shard set that split them; and where there are any, what else
+    is known, and the run."""
 
     model: Path
     stores: Path
     shards: Path
-    truth: Path | None = None
-    labels: Path | None = None
+    known: protocols.Known = NOTHING
     run: Path | None = None
     symmetries: int = 1  # of the slide, over which the model's answers are averaged
 
@@ -98,10 +98,10 @@ def write(sources: Sources, out: Path, names: Sequence[str] = (protocols.EXPRESS
     cohort = open_cohort(pretrained, sources.stores, sources.shards)
     values: dict[str, Any] = {}
     if protocols.EXPRESSION in names:
-        classes = class_table(pretrained, cohort, sources.truth, seed) if sources.truth else None
+        classes = class_table(pretrained, cohort, truth, seed) if (truth := sources.known.truth) else None
         values = evaluate(pretrained, cohort, seed) | ({"gene_classes": classes} if classes else {})
     if others := [name for name in names if name != protocols.EXPRESSION]:
-        run = functools.partial(protocols.run, pretrained, cohort, seed, sources.truth, sources.labels)
+        run = functools.partial(protocols.run, pretrained, cohort, seed, sources.known)
         values["protocols"] = {name: run(name) for name in others}
     with files.replacing_folder(out) as folder:
         _fill(folder, values, lines, pretrained, cohort)

@@ -9,6 +9,7 @@ import pytest
 
 from storm import export, files
 from storm.evaluate import figures, report
+from storm.evaluate.protocols import Known
 from tests import untrained
 
 
@@ -34,7 +35,7 @@ def written(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:  # fmt: skip
     out = tmp_path_factory.mktemp("report") / "report"
-    report.write(report.Sources(model, tiny_store, tiny_shards, synthetic_tiny / "truth", run=run), out)
+    report.write(report.Sources(model, tiny_store, tiny_shards, Known(synthetic_tiny / "truth"), run), out)
     return out
 
 
@@ -87,7 +88,8 @@ def test_no_donor_slide_or_path_is_told(written: Path, tiny_shards: Path, synthe
 def test_the_same_evaluation_writes_the_same_bytes(
     written: Path, model: Path, run: Path, tiny_store: Path, tiny_shards: Path, synthetic_tiny: Path, tmp_path: Path
 ) -> None:
-    report.write(report.Sources(model, tiny_store, tiny_shards, synthetic_tiny / "truth", run=run), tmp_path / "again")
+    sources = report.Sources(model, tiny_store, tiny_shards, Known(synthetic_tiny / "truth"), run)
+    report.write(sources, tmp_path / "again")
     for path in written.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
@@ -139,7 +141,7 @@ def test_wrong_folders_are_named(model: Path, tiny_store: Path, tiny_shards: Pat
     with pytest.raises(ValueError, match=r"log\.jsonl: no such log"):
         report.write(report.Sources(model, tiny_store, tiny_shards, run=tmp_path), tmp_path / "out")
     with pytest.raises(ValueError, match="no truth of this slide"):
-        report.write(report.Sources(model, tiny_store, tiny_shards, tmp_path), tmp_path / "out")
+        report.write(report.Sources(model, tiny_store, tiny_shards, Known(tmp_path)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from storm import export, files, store
 from storm.descriptors import Descriptors
-from storm.evaluate import sections, unseen
+from storm.evaluate import protocols, sections, unseen
 from storm.evaluate.expression import Cohort
 from storm.evaluate.sections import Section
 from tests import untrained
@@ -34,12 +34,22 @@ def test_a_gene_that_is_described_is_scored(pretrained: export.Pretrained, tmp_p
     table = Descriptors(
         (NOVEL, "ENSG88888888888", untrained.GENES.ids[3]), rng.normal(size=(3, 4)).astype(np.float32), "t"
     )
-    found = unseen.evaluate(pretrained, cohort, table)
+    np.savez(tmp_path / "table.npz", gene_id=np.array(table.ids), descriptor=table.values)
+    known = protocols.Known(descriptors=tmp_path / "table.npz")
+    found = protocols.run(pretrained, cohort, 0, known, "unseen")
     assert found["genes"] == 1 and set(found["by_gene"]) == {NOVEL} and len(found["model_hash"]) == 64
-    assert found["score"]["low"] <= found["score"]["value"] <= found["score"]["high"]
-    assert abs(found["score"]["value"]) < 0.3  # the counts are noise
+    own = found["scores"][unseen.MODEL]
+    assert own["low"] <= own["value"] <= own["high"] and abs(own["value"]) < 0.3  # the counts are noise
+    # One gene alone cannot be shuffled.
+    assert found["scores"][unseen.SHUFFLED] == pytest.approx(own) and found["versus_shuffled"]["value"] == 0
+    assert f"| {unseen.MODEL} |" in protocols.text("unseen", found)
     none = unseen.evaluate(pretrained, cohort, Descriptors(table.ids[2:], table.values[2:], "t"))
     assert "share no gene" in none["skipped"]
     with pytest.raises(ValueError, match="t: has 3 columns"):
         unseen.evaluate(pretrained, cohort, Descriptors(table.ids, table.values[:, :3], "t"))
     assert files.dump_json(found)
+
+
+def test_without_a_table_it_says_what_is_missing(pretrained: export.Pretrained) -> None:
+    cohort = Cohort([], [], {}, [], "donor", "0" * 64)
+    assert "--descriptors" in unseen.evaluate(pretrained, cohort, None)["skipped"]
