@@ -190,14 +190,8 @@ def activation_bytes(config: ModelConfig, size: Sizes, bf16: bool, checkpointing
     is complete.
     """
     patches = size.tiles * (config.tile_px // config.patch_px) ** 2
-    levels = [
-        (0 if config.encoder_train == "frozen" else config.image_depth, patches, config.image_width),
-        (config.expression_depth, size.shown, config.expression_width),
-        (config.fusion_depth, PARTS * size.profiles, config.fusion_width),
-        (config.space_depth, size.tokens, config.space_width),
-    ]  # fmt: skip
-    a, b = (8 * 4 + 8 * 2, 4 * 2) if bf16 else (10 * 4, 3 * 4)
-    whole = [tokens * (a * width + b * hidden_width(width)) for _, tokens, width in levels]
+    levels = _levels(config, size)
+    whole = _blocks(levels, bf16)
     if checkpointing:
         kept = sum(depth * tokens * width * 4 for depth, tokens, width in levels) + max(whole)
     else:
@@ -206,3 +200,25 @@ def activation_bytes(config: ModelConfig, size: Sizes, bf16: bool, checkpointing
         heads = config.space_width // config.head_width
         kept += heads * size.pairs * (4 + (2 * config.space_depth if bf16 else 0))
     return kept + patches * 3 * config.patch_px**2 * (2 if bf16 else 4) + 12 * 4 * size.profiles * size.genes
+
+
+def working_bytes(config: ModelConfig, size: Sizes, bf16: bool) -> float:
+    """Estimate of what comes and goes beside that in a backward pass: about as much as its largest block keeps."""
+    return max(_blocks(_levels(config, size), bf16))
+
+
+def _levels(config: ModelConfig, size: Sizes) -> list[tuple[int, float, int]]:
+    """(blocks, tokens, width) of each transformer that takes a gradient."""
+    patches = size.tiles * (config.tile_px // config.patch_px) ** 2
+    return [
+        (0 if config.encoder_train == "frozen" else config.image_depth, patches, config.image_width),
+        (config.expression_depth, size.shown, config.expression_width),
+        (config.fusion_depth, PARTS * size.profiles, config.fusion_width),
+        (config.space_depth, size.tokens, config.space_width),
+    ]
+
+
+def _blocks(levels: list[tuple[int, float, int]], bf16: bool) -> list[float]:
+    """Bytes that one block of each keeps."""
+    a, b = (8 * 4 + 8 * 2, 4 * 2) if bf16 else (10 * 4, 3 * 4)
+    return [tokens * (a * width + b * hidden_width(width)) for _, tokens, width in levels]

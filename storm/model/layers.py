@@ -82,16 +82,19 @@ def rotate(x_SLHW: Tensor, code: Rotation) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+EPS = 1e-6  # of norms
+
+
 class RMSNorm(nn.RMSNorm):
     """Computed in the precision of its input: under autocast a weight of another one would lose the fused kernel."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-6)
+        super().__init__(width, eps=EPS)
 
     def forward(self, x: Tensor, code: Rotation | None = None) -> Tensor:
         """x / rms(x) * weight over the last dimension; heads [S, L, H, W] then turn by the code of their places."""
         if fused.serves(x):
-            return fused.norm(x, self.weight, self.eps, *(part.unsqueeze(-2) for part in code or ()))
+            return fused.norm(x, self.weight, EPS, *(part.unsqueeze(-2) for part in code or ()))
         x = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
         return x if code is None else rotate(x, code)
 
@@ -182,8 +185,9 @@ class Block(nn.Module):
         key, value = self.key_value(seen).chunk(2, dim=-1)
         query_SLHW = self.query_norm(self._heads(self.query(x_SLD)), code)
         key_SMHW, value_SMHW = self.key_norm(self._heads(key), at), self._heads(value)
-        heads = (x.type_as(value).transpose(1, 2) for x in (query_SLHW, key_SMHW, value_SMHW))  # the code is float32
-        return self.attended(attend(*heads, context).transpose(1, 2).flatten(2))
+        # The code is float32 under autocast.
+        query, key, value = (x.type_as(value).transpose(1, 2) for x in (query_SLHW, key_SMHW, value_SMHW))
+        return self.attended(attend(query, key, value, context).transpose(1, 2).flatten(2))
 
     def _heads(self, x_SLD: Tensor) -> Tensor:
         """[S, L, D] -> [S, L, H, W]."""
