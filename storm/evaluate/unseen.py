@@ -55,7 +55,7 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, table: Descriptors | None, 
     return {
         **provenance(pretrained, cohort, seed, PROTOCOL), "genes": len(ids), "known_genes": len(pretrained.genes),
         "scores": {MODEL: own.json(), DEALT: {name: float(value) for name, value in null.items()}},
-        "p": float((1 + (drawn >= own.value).sum()) / (1 + len(drawn))), "draws": len(drawn),
+        "p": float((1 + (drawn >= own.value - 1e-9).sum()) / (1 + len(drawn))), "draws": len(drawn),
         "by_gene": dict(zip(ids, own.genes.tolist(), strict=True)),
     }  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Jobs of several ranks for the tests: by DeepSpeed's launcher, and as plain processes that can be killed."""
 
+import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -11,11 +13,17 @@ REPO = Path(__file__).resolve().parents[2]
 LIMIT_S = 300
 
 
+_PORTS = itertools.cycle(range(20_000 + os.getpid() % 120 * 100, 20_000 + os.getpid() % 120 * 100 + 100))
+
+
 def free_port() -> str:
-    """A port nobody listens on now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    """A port that nothing listens on, below those that the kernel gives to any connection, and of this process's own:
+    between this look and the start of the ranks nobody else may take it."""
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def environment() -> dict[str, str]:
