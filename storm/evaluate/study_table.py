@@ -122,6 +122,9 @@ def _power(plan: Plan, base: Sequence[Result]) -> str:
     for name, level in levels(base).items():
         judged = [arm.name for arm in plan.arms if arm.judged == name]
         line = f"* Class {name}: the base scores {told(level.json())}"
+        ridge = base[0]["classes"][name]["scores"]["colour ridge"]
+        if ridge > max(level.value, LEAST):
+            line += f", below colour ridge ({ridge:.3f})"
         if not has_power(level):
             line += f". **No power**: below {LEAST}, or not apart from 0; nothing that an ablation could take away"
             line += f", so {', '.join(judged)} cannot be judged" if judged else ""

@@ -141,6 +141,7 @@ def test_the_table_says_where_the_base_leaves_nothing_to_judge(plan: Path, tmp_p
     lines = study_table.text(read, wanted, fakes(0.1), failed).splitlines()
     by_class = {line[8]: line for line in lines if line.startswith("* Class")}
     assert "No power" in by_class["b"] and "so colour cannot be judged" in by_class["b"]
+    assert "below colour ridge (0.100)" in by_class["b"] and "below" not in by_class["a"] + by_class["c"]
     assert "No power" in by_class["e"] and "No power" not in by_class["a"] + by_class["c"]
     assert "Not run yet: colour seed 1, colour seed 2." in lines
     assert "* colour seed 0: training ended with exit code 1: no &lt;disk>" in "\n".join(lines).replace("&gt;", ">")
