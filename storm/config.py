@@ -249,6 +249,8 @@ class RunConfig(Section):
             raise ValueError(
                 "data.features: features are cached of a frozen encoder alone; set model.encoder_train=frozen"
             )
+        if self.mask.feature_dropout and not self.data.features:
+            raise ValueError("mask.feature_dropout acts on cached features; set data.features=auto, or leave it out")
         if self.model.image_target == "feature" and not self.data.features:
             raise ValueError("model.image_target=feature needs cached features; set data.features=auto")
         return self

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 
 from storm.model.heads import expected_log1p
+from storm.schema import LOGNORM_SCALE
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
-SCALE = 1e4  # of lognorm
 _CHUNK = 256  # footprints at a time
 
 
@@ -43,8 +43,8 @@ class Prediction:
     def lognorm(self) -> Floats:
         """[N, K] expected log1p(count / depth * 1e4) at the predicted depth."""
         if np.isnan(self.dispersion).any():  # likelihood lognorm: what it was trained to tell
-            return np.log1p(np.float32(SCALE) * self.composition)
-        return self._expected(np.exp(np.float32(np.log(SCALE)) - self.log_depth))
+            return np.log1p(np.float32(LOGNORM_SCALE) * self.composition)
+        return self._expected(np.exp(np.float32(np.log(LOGNORM_SCALE)) - self.log_depth))
 
     def raw(self) -> Floats:
         """[N, K] expected log1p(count); without a noise model log1p of the expected count."""

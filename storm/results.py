@@ -204,7 +204,8 @@ def provenance(pretrained: Pretrained, slide: Slide, use_counts: bool) -> dict[s
     """What made a result: hashes and versions, and what the model was shown."""
     seen = "H&E and counts" if use_counts else "H&E only"
     return {
-        "input": seen, "model_hash": pretrained.hash, "model_code": pretrained.code_version,
+        "input": seen, "symmetries": pretrained.symmetries,
+        "model_hash": pretrained.hash, "model_code": pretrained.code_version,
         "training_data_hash": pretrained.data["shards_hash"], "split_by": pretrained.data["split_by"],
         "store_sha256": files.sha256_file(slide.store.path), "code": checkpoints.code_version(),
         "platform_told": inference.platform_told(pretrained, slide),

@@ -45,9 +45,10 @@ def test_numbers_out_of_range_are_named_by_key(word: str) -> None:
         ("model.align_width=-1", r"model\.align_width=-1 must be 0 or more"),
         ("loss.align_over=rank", "'group' or 'batch'"),
         ("loss.corr_from=1.5", "less than or equal to 1"),
+        ("mask.feature_dropout=0.5", r"acts on cached features; set data\.features=auto"),
     ],
 )
-def test_faults_of_likelihood_and_losses(word: str, message: str) -> None:
+def test_faults_of_likelihood_losses_and_features(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config.load(RunConfig, None, ["run_dir=r", "data.shards=s", word])
 

@@ -15,13 +15,11 @@ from storm.data.outline import sample_points
 from storm.data.tile import decode_tile
 from storm.data.view import Mask, View
 from storm.presets import ModelConfig
-from storm.schema import APART_UM, FOOTPRINT_SIDE, PLATFORMS, TILE_STATS, Group, RegionMeta
+from storm.schema import APART_UM, FOOTPRINT_SIDE, LOGNORM_SCALE, PLATFORMS, TILE_STATS, Group, RegionMeta
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray]
-
-_SCALE = 1e4  # counts of a whole transcriptome are brought to this sum before log1p
 
 
 @dataclass(frozen=True)
@@ -295,7 +293,8 @@ def _inputs(layout: _Layout, spec: BatchSpec) -> None:
         gene.append(profiles.gene[view.entry].astype(np.int64))
         count.append(view.count)
         panel = spec.panel(part.group)
-        scale[places] = _SCALE * spec.share[panel if view.visible_genes is None else panel & view.visible_genes].sum()
+        measured = panel if view.visible_genes is None else panel & view.visible_genes
+        scale[places] = LOGNORM_SCALE * spec.share[measured].sum()
     rows, genes, counts = np.concatenate(row), np.concatenate(gene), np.concatenate(count)
     order = np.argsort(rows, kind="stable")
     rows, genes, counts = rows[order], genes[order], counts[order]
@@ -341,7 +340,7 @@ def _tokens(layout: _Layout, spec: BatchSpec, size: tokens.TokenSpec) -> None:
         row = np.repeat(np.arange(len(profiles)), np.diff(profiles.indptr))[view.entry]
         panel = spec.panel(part.group)
         measured = panel if view.visible_genes is None else panel & view.visible_genes
-        gene, sum_to = profiles.gene[view.entry].astype(np.int64), _SCALE * spec.share[measured].sum()
+        gene, sum_to = profiles.gene[view.entry].astype(np.int64), LOGNORM_SCALE * spec.share[measured].sum()
         chosen = tokens.choose(
             row, gene, view.count, view.visible, measured, spec.share, sum_to, size, view.token_seed
         )  # fmt: skip

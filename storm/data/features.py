@@ -32,7 +32,7 @@ from storm.schema import Group
 
 VERSION = 1  # of the layout, and of how maps are read
 FOLDER, MARKER, AUTO = "features", "features.json", "auto"
-_PICK, _VARY, _DROP = 3, 4, 5  # keep the generators of different purposes apart
+_PICK, _VARY, _DROP = 3, 4, 6  # keep the generators of different purposes apart
 ARRAYS = ("profile", "valid", "tile", "stain")
 
 Floats = npt.NDArray[np.float32]

@@ -22,6 +22,7 @@ from storm.evaluate import statistics, targets
 from storm.evaluate.expression import MODEL, Cohort, baseline_scores, model_predictions
 from storm.evaluate.sections import Section
 from storm.export import Pretrained
+from storm.schema import LOGNORM_SCALE
 
 Floats = npt.NDArray[np.float64]
 SHOWN = ("colour ridge", "true depth (measured, no image)", "colour ridge, patches shuffled")
@@ -57,7 +58,7 @@ def references(cohort: Cohort, truth_dir: Path, seed: int = 0) -> References:
     kind = truths[0][0]
     columns = np.flatnonzero(kind != "")
     measured = [targets.lognorm(section.counts[:, columns], section.depth) for section in cohort.test]
-    oracle = [np.log1p(targets.SCALE * expected[:, columns]) for _, expected in truths]
+    oracle = [np.log1p(LOGNORM_SCALE * expected[:, columns]) for _, expected in truths]
     found = baseline_scores(cohort, "lognorm", columns, seed, only=SHOWN)
     scores = {name: found[name].genes for name in SHOWN} | {ORACLE: _pearson(oracle, measured).mean(0)}
     return References(columns, kind[columns], measured, scores)

@@ -25,6 +25,7 @@ from storm.evaluate import statistics, targets
 from storm.evaluate.baselines import METHODS, Inputs, ridge_predict
 from storm.evaluate.sections import Section, open_section, with_neighbours
 from storm.export import Pretrained
+from storm.schema import LOGNORM_SCALE
 from storm.shards import MANIFEST, ShardSet
 from storm.store import SUFFIX, SlideStore
 
@@ -105,7 +106,7 @@ def model_predictions(pretrained: Pretrained, cohort: Cohort, gene_ids: list[str
         asked = inference.predict(pretrained, slide, genes=genes, rows=section.rows)
         found["lognorm"].append(asked.lognorm().astype(np.float64))
         found["raw"].append(asked.raw().astype(np.float64))
-        found["residual"].append(np.log1p(targets.SCALE * asked.composition.astype(np.float64)))
+        found["residual"].append(np.log1p(LOGNORM_SCALE * asked.composition.astype(np.float64)))
     return found
 
 

@@ -138,7 +138,7 @@ def _table(vectors: Vectors, sections: list[Section], seed: int) -> dict[str, An
 
 def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str, Any]:
     """The table of protocol 7 as plain values."""
-    if not getattr(pretrained.config, "align_width", 0):
+    if not pretrained.config.align_width:
         reason = "the model has no vectors for alignment (model.align_width is 0)"
         return {"protocol": PROTOCOL, "skipped": reason}
     own = Vectors(

@@ -10,17 +10,18 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from storm.schema import LOGNORM_SCALE
+
 Floats = npt.NDArray[np.float64]
 Columns = npt.NDArray[np.int64]
 
 TARGETS = ("lognorm", "raw", "residual")
 COLUMNS = (("lognorm", "var"), ("raw", "var"), ("residual", "var"), ("lognorm", "binned"))  # always printed
-SCALE = 1e4
 
 
 def lognorm(counts: sparse.csr_array, depth: npt.NDArray) -> Floats:
     """log1p(counts / depth * 1e4) [N, K]; `depth` [N] counts all measured genes, not only these."""
-    return np.asarray(np.log1p(counts.toarray() * (SCALE / np.maximum(depth, 1))[:, None]), dtype=np.float64)
+    return np.asarray(np.log1p(counts.toarray() * (LOGNORM_SCALE / np.maximum(depth, 1))[:, None]), dtype=np.float64)
 
 
 def residualised(values: Floats, log_depth: Floats) -> Floats:
@@ -52,7 +53,7 @@ def moments(counts: list[sparse.csr_array], depths: list[npt.NDArray]) -> Moment
     total = sum(c.shape[0] for c in counts)
     first, second = (np.zeros(counts[0].shape[1]) for _ in range(2))
     for c, depth in zip(counts, depths, strict=True):
-        values = (sparse.diags_array(SCALE / np.maximum(depth, 1)) @ c).log1p()
+        values = (sparse.diags_array(LOGNORM_SCALE / np.maximum(depth, 1)) @ c).log1p()
         first += values.sum(0)
         second += values.power(2).sum(0)
     mean = first / total

@@ -23,6 +23,7 @@ from storm.evaluate.sections import Section, open_section
 from storm.evaluate.statistics import told
 from storm.export import Pretrained
 from storm.markdown import table as markdown
+from storm.schema import LOGNORM_SCALE
 
 Floats = npt.NDArray[np.float64]
 PROTOCOL = "2, H&E to expression, genes outside the vocabulary"
@@ -84,7 +85,7 @@ def _predicted(
     for section in sections:
         slide = inference.prepare(pretrained, cohort.stores[section.slide_id])
         asked = inference.predict(pretrained, slide, np.zeros(0, np.int64), section.rows, unseen=rows)
-        found.append(np.log1p(targets.SCALE * asked.composition.astype(np.float64)))
+        found.append(np.log1p(LOGNORM_SCALE * asked.composition.astype(np.float64)))
     return found
 
 

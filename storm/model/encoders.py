@@ -269,7 +269,7 @@ def fingerprint(encoder: nn.Module, config: ModelConfig) -> str:
     told: dict[str, Any] = {
         "encoder": config.encoder, "options": config.encoder_options, "pixels": pixel_statistics(config),
         "tile_px": config.tile_px, "tile_mpp": config.tile_mpp, "patch_px": config.patch_px,
-        "reads": getattr(config, "reads", "footprint"),
+        "reads": config.reads,
     }  # fmt: skip
     hashes = {
         name: files.sha256_of(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -184,5 +184,5 @@ def _check(opened: FeatureSet, encoder: str, mask: MaskConfig) -> None:
 
 def without_pixels(mask: MaskConfig) -> tuple[MaskConfig, list[str]]:
     """The mask config with off what cached features cannot follow, and its keys."""
-    off = [key for key in NEEDS_PIXELS if getattr(mask, key, 0)]
+    off = [key for key in NEEDS_PIXELS if getattr(mask, key)]
     return mask.model_copy(update=dict.fromkeys(off, 0.0)), off

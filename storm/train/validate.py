@@ -30,7 +30,6 @@ from storm.train.metrics import PARTS, means, tagged
 
 SPLIT = "val"
 GENES = 50  # of val/pearson, at most
-_SCALE = 1e4
 _VIEW, _GENES = 101, 102  # keep the generators of different purposes apart
 _TINY = 1e-12  # a variance below it counts as none
 
@@ -120,7 +119,7 @@ class Validation:
         shown = torch.from_numpy(self._shown).to(self._world.device)
         composition_RNK = training.forward(batch)["log_composition"][..., shown].double().exp()
         share_RNK = batch["target_count"][..., shown].double() / batch["target_log_depth"][..., None].double().exp()
-        x_RNK, y_RNK = torch.log1p(_SCALE * composition_RNK), torch.log1p(_SCALE * share_RNK)
+        x_RNK, y_RNK = (torch.log1p(schema.LOGNORM_SCALE * x) for x in (composition_RNK, share_RNK))
         mask_RNK = batch["target_mask"][..., shown]
         terms = (torch.ones_like(x_RNK), x_RNK, y_RNK, x_RNK**2, y_RNK**2, x_RNK * y_RNK)
         slide = [self._slides.index(group.meta.slide) for group in read]

@@ -9,7 +9,6 @@ from storm.model.layers import initialise
 from storm.presets import ModelConfig
 from tests.model.test_morphology import tiles
 
-pytest.importorskip("timm")
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 3}
 
 
@@ -43,7 +42,7 @@ def test_a_map_lies_row_by_row() -> None:
     other[:, :8, -8:] = 255 - other[:, :8, -8:]
     with torch.no_grad():
         moved = (encoder(pixels, torch.ones(1))[0] - encoder(other, torch.ones(1))[0]).abs().sum(-1).view(7, 7)
-    assert moved[0, 6] == moved.max() and moved[6, 0] < 0.1 * moved.max()
+    assert moved[:2, 5:].max() == moved.max() and moved[6, 0] < 0.1 * moved.max()
 
 
 @pytest.mark.parametrize("train", ["full", "frozen", "lora"])

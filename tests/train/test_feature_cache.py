@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from storm import export
-from storm.data.batch import collate
-from storm.data.corpus import open_corpus
-from storm.data.features import touched
+from storm.data.batch import BatchSpec, collate
+from storm.data.corpus import Corpus, open_corpus
+from storm.data.features import FeatureStore, touched
 from storm.data.view import plain_view
 from storm.model.encoders import fingerprint
-from storm.model.storm import Standard
+from storm.model.storm import Standard, Storm
 from storm.train import engine, feature_cache, trainer
 from tests.train import encoder, runs
 
-pytest.importorskip("timm")
 VARIANTS = 3
+Opened = tuple[Corpus, Storm, BatchSpec, FeatureStore]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,9 @@ def cached(tiny_shards: Path, weights: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def test_cached_features_are_those_of_the_live_encoder(tiny_shards: Path, weights: Path, cached: Path) -> None:
+@pytest.fixture
+def opened(tiny_shards: Path, weights: Path, cached: Path) -> Opened:
+    """The corpus, the model of a run on the cache, what its batches are made with, and the cache."""
     run = encoder.config(tiny_shards, Path("none"), weights, "frozen", "data.features=auto")
     corpus = open_corpus(run.data)
     run = trainer.fitted(run, corpus)
@@ -45,6 +47,11 @@ def test_cached_features_are_those_of_the_live_encoder(tiny_shards: Path, weight
     store = feature_cache.find(corpus, run, fingerprint(model.morphology, run.model))
     assert isinstance(model.standard, Standard)
     model.standard.mean, model.standard.sd = torch.from_numpy(store.sets[0].statistics).clone()
+    return corpus, model, spec, store
+
+
+def test_cached_features_are_those_of_the_live_encoder(opened: Opened) -> None:
+    corpus, model, spec, store = opened
     (group,) = corpus.groups.read([1])
     turned = set()
     for variant in range(VARIANTS):
@@ -65,12 +72,8 @@ def test_cached_features_are_those_of_the_live_encoder(tiny_shards: Path, weight
     assert len(turned) > 1 and feature.std() > 0.05
 
 
-def test_columns_are_left_out_by_key_and_the_target_is_whole(tiny_shards: Path, weights: Path, cached: Path) -> None:
-    run = encoder.config(tiny_shards, Path("none"), weights, "frozen", "data.features=auto")
-    corpus = open_corpus(run.data)
-    run = trainer.fitted(run, corpus)
-    model, spec = trainer.build(run, corpus)
-    store = feature_cache.find(corpus, run, fingerprint(model.morphology, run.model))
+def test_columns_are_left_out_by_key_and_the_target_is_whole(opened: Opened) -> None:
+    corpus, _, spec, store = opened
     (group,) = corpus.groups.read([1])
     view, shown = store.show(plain_view(group, use_counts=False), 1, 0)
     view = dataclasses.replace(view, hidden_tiles=frozenset(list(group.tiles)[:1]))
@@ -86,12 +89,9 @@ def test_columns_are_left_out_by_key_and_the_target_is_whole(tiny_shards: Path, 
     assert torch.equal(some["tile_feature_target"], whole["tile_feature_target"])
 
 
-def test_nothing_of_a_hidden_tile_is_shown(tiny_shards: Path, weights: Path, cached: Path) -> None:
+def test_nothing_of_a_hidden_tile_is_shown(opened: Opened) -> None:
     """What is shown of profiles does not move with the maps of the hidden tiles; what is left out is what would."""
-    run = encoder.config(tiny_shards, Path("none"), weights, "frozen", "data.features=auto")
-    corpus = open_corpus(run.data)
-    run = trainer.fitted(run, corpus)
-    model, spec = trainer.build(run, corpus)
+    corpus, model, spec, store = opened
     (group,) = corpus.groups.read([0])
     plain = plain_view(group, use_counts=True)
     hidden = frozenset(place for place in group.tiles if place[1] == 0)
@@ -105,10 +105,9 @@ def test_nothing_of_a_hidden_tile_is_shown(tiny_shards: Path, weights: Path, cac
     order = np.argsort(group.region, kind="stable")
     moved = np.empty((len(order), 2), bool)
     moved[order] = ((before - after).abs() > 1e-6).any(-1).numpy()
-    found = touched(group, dataclasses.replace(plain, hidden_tiles=hidden), run.model.patch_um)
+    found = touched(group, dataclasses.replace(plain, hidden_tiles=hidden), model.config.patch_um)
     assert not (moved & ~found).any()
     assert 0.5 < moved.sum() / found.sum() <= 1 and not found.all()
-    store = feature_cache.find(corpus, run, fingerprint(model.morphology, run.model))
     view, shown = store.show(dataclasses.replace(plain, hidden_tiles=hidden), 0, 0)
     quick = collate([group], [view], spec, cached=[shown])
     back = quick["profile_valid"][quick["profile"]].numpy()
@@ -121,7 +120,7 @@ def test_a_run_on_the_cache_and_its_export(
     tiny_shards: Path, weights: Path, cached: Path, world: engine.World, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     shown = ["mask.image_only=0", "mask.in_context=0", "mask.gene_level=0"]
-    more = ["data.features=auto", "model.image_target=feature", *shown]
+    more = ["data.features=auto", "model.image_target=feature", "mask.feature_dropout=0.5", *shown]
     run = encoder.config(tiny_shards, tmp_path / "run", weights, "frozen", *more)
     done = trainer.Trainer(run, world)
     done.start("never")

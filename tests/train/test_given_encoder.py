@@ -12,8 +12,6 @@ from storm.data.stream import batches
 from storm.train import engine, trainer
 from tests.train import encoder, jobs, runs
 
-pytest.importorskip("timm")
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:

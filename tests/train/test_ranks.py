@@ -41,12 +41,17 @@ def test_two_ranks_train_as_one_plain_process(two: Callable, twin: plain.Twin, s
     assert (pairs[:, 0] != pairs[:, 1]).any(), "one of two ranks without a tile"
 
 
+def first_of(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """Losses and gradients of the first step that two ranks wrote."""
+    with np.load(folder / f"{name}.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_two_ranks_have_the_losses_and_gradients_of_one(
     two: Callable, tiny_shards: Path, world: engine.World, tmp_path: Path, stage: int
 ) -> None:
-    with np.load(two(stage) / "first.npz") as arrays:
-        found = {name: arrays[name] for name in arrays.files}
+    found = first_of(two(stage), "first")
     agree(runs.first_step(runs.kept(tiny_shards, tmp_path), world), found)
 
 
@@ -54,8 +59,7 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(
 def test_two_ranks_have_the_losses_and_gradients_of_one_with_all_terms_on(
     two: Callable, wide_shards: Path, world: engine.World, tmp_path: Path, stage: int
 ) -> None:
-    with np.load(two(stage) / "all_terms.npz") as arrays:
-        found = {name: arrays[name] for name in arrays.files}
+    found = first_of(two(stage), "all_terms")
     assert all(np.isfinite(found[term]) for term in TERMS if term != "anchor")
     agree(runs.first_step(load(RunConfig, None, runs.all_terms(wide_shards, tmp_path, 1)), world), found)
 
@@ -65,8 +69,7 @@ def test_two_ranks_have_the_gradients_of_one_with_every_switch(
     two: Callable, tiny_shards: Path, world: engine.World, tmp_path: Path, stage: int
 ) -> None:
     """Tokens, descriptors, distance bias; on one of two ranks a group without a tile, and one without expression."""
-    with np.load(two(stage) / "switched.npz") as arrays:
-        found = {name: arrays[name] for name in arrays.files}
+    found = first_of(two(stage), "switched")
     config = runs.kept(tiny_shards, tmp_path, *runs.SWITCHED, runs.descriptors(tiny_shards, tmp_path))
     agree(runs.first_step(config, world), found)
     stream = Trainer(config, world).stream

@@ -140,7 +140,6 @@ def test_the_mean_correlation_is_that_of_the_report() -> None:
 
 
 def test_on_cached_features_it_tells_what_the_live_encoder_would(held_out: Path, world: World, tmp_path: Path) -> None:
-    pytest.importorskip("timm")
     shards = shutil.copytree(held_out, tmp_path / "shards")
     weights = encoder.write_weights(tmp_path / "w.safetensors", 3)
     more = ["validation.every_steps=1", "mask.recut=0", "mask.crop=0", "mask.pool_cells=0"]
