@@ -128,34 +128,48 @@ def _counted(work: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def gemm_share(model: ModelConfig, sample: Sample, turns: int, vit: str = VIT, side: int = 3072) -> str:
-    """The table of GFLOP/s: products of matrices of that side, the whole model, its tile encoder, timm's `vit`."""
+def timm_models(model: ModelConfig, vit: str = VIT) -> dict[str, torch.nn.Module]:
+    """timm's plain `vit`, and timm's transformer of our own block and size: SwiGLU, RMSNorm, also on queries and keys,
+    rotary places, no biases."""
     import timm
+    from timm.layers import RmsNorm
+    from timm.models.eva import Eva
 
+    same = Eva(
+        img_size=model.tile_px, patch_size=model.patch_px, num_classes=0, embed_dim=model.image_width,
+        depth=model.image_depth, num_heads=model.image_width // model.head_width, mlp_ratio=8 / 3, swiglu_mlp=True,
+        qkv_bias=False, qk_norm=True, norm_layer=RmsNorm, class_token=False, use_abs_pos_emb=False,
+        use_rot_pos_emb=True, attn_type="rope",
+    )  # fmt: skip
+    return {
+        f"timm {vit}": timm.create_model(vit, pretrained=False, num_classes=0, img_size=model.tile_px),
+        "timm of the same block": same,
+    }
+
+
+def gemm_share(model: ModelConfig, sample: Sample, turns: int, vit: str = VIT, side: int = 3072) -> str:
+    """The table of GFLOP/s: products of matrices of that side, the whole model, its tile encoder, `timm_models`."""
     batch, network = make_batch(sample, model), Storm(model, GENES)
-    theirs = timm.create_model(vit, pretrained=False, num_classes=0, img_size=model.tile_px)
     tiles, size = batch["tiles"], flops.sizes(batch, model.registers, padded=True)
     images = tiles.permute(0, 3, 1, 2).float().div(255).contiguous()
     a, b = torch.randn(2, side, side)
-    work: dict[str, Callable[[], object]] = {f"product {i}": lambda: a @ b for i in range(_PRODUCTS)} | {
-        "STORM": lambda: train(network, batch),
-        "its tile encoder": lambda: _encode(network, tiles),
-        f"timm {vit}": lambda: theirs(images).sum().backward(),
-    }
+    theirs: Work = {name: lambda n=n: n(images).sum().backward() for name, n in timm_models(model, vit).items()}  # type: ignore[misc]
+    products: Work = {f"product {i}": lambda: a @ b for i in range(_PRODUCTS)}
+    ours: Work = {"STORM": lambda: train(network, batch), "its tile encoder": lambda: _encode(network, tiles)}
     levels = flops.training(model, size)
-    done = dict(zip(work, [2.0 * side**3] * _PRODUCTS + [sum(levels.values()), levels["morphology"]], strict=False))
-    done[f"timm {vit}"] = _counted(work[f"timm {vit}"])
-    found = {name: [done[name] / s for s in seconds] for name, seconds in in_turns(work, turns).items()}
-    products = [found.pop(f"product {i}") for i in range(_PRODUCTS)]
-    peak, timms = [max(turn) for turn in zip(*products, strict=True)], found[f"timm {vit}"]
-    rows = [[f"matrix product, best of {_PRODUCTS}", f"{2e-9 * side**3:.0f}", f"{_middle(peak) / 1e9:.0f}", "1", ""]]
-    for name, rate in found.items():
-        rows.append([name, f"{done[name] / 1e9:.0f}", f"{_middle(rate) / 1e9:.0f}",
-                     f"{_ratio(rate, peak):.3f}", f"{_ratio(rate, timms):.3f}"])  # fmt: skip
+    done = dict.fromkeys(products, 2.0 * side**3) | {name: _counted(call) for name, call in theirs.items()}
+    done |= {"STORM": sum(levels.values()), "its tile encoder": levels["morphology"]}
+    seconds = in_turns({**products, **ours, **theirs}, turns)
+    rate = {name: [done[name] / s for s in seconds[name]] for name in seconds}
+    peak = [max(turn) for turn in zip(*(rate[name] for name in products), strict=True)]
+    rows = [[f"matrix product, best of {_PRODUCTS}", f"{2e-9 * side**3:.0f}", f"{_middle(peak) / 1e9:.0f}", "1"]]
+    rows[0] += [""] * len(theirs)
+    for name in [*ours, *theirs]:
+        against = [f"{_ratio(rate[name], of):.3f}" for of in (peak, *(rate[other] for other in theirs))]
+        rows.append([name, f"{done[name] / 1e9:.0f}", f"{_middle(rate[name]) / 1e9:.0f}", *against])
     head = f"{sample.name}: {len(tiles)} tiles of {model.tile_px} px, {batch['profile'].sum()} profiles, "
-    return f"{head}{size.genes} loss genes; {conditions(turns)}\n\n" + table(
-        ["forward and backward", "GFLOP", "GFLOP/s", "/ product", "/ timm"], rows
-    )
+    columns = ["forward and backward", "GFLOP", "GFLOP/s", "/ product", *(f"/ {name}" for name in theirs)]
+    return f"{head}{size.genes} loss genes; {conditions(turns)}\n\n" + table(columns, rows)
 
 
 def _middle(values: list[float]) -> float:

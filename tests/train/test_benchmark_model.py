@@ -24,9 +24,17 @@ def rows(text: str) -> list[dict[str, str]]:
 def test_speed_beside_timm_and_products() -> None:
     text = benchmark_model.gemm_share(TINY, GROUP, 2, "vit_tiny_patch16_224", side=64)
     assert "8 tiles of 32 px, 6 profiles, 50 loss genes" in text
-    product, storm, encoder, timm = rows(text)
-    assert float(product["GFLOP/s"]) > 0 and timm["/ timm"] == "1.000"
+    product, storm, encoder, plain, same = rows(text)
+    assert float(product["GFLOP/s"]) > 0 and plain["/ timm vit_tiny_patch16_224"] == "1.000"
+    assert same["/ timm of the same block"] == "1.000"
     assert float(storm["GFLOP"]) >= float(encoder["GFLOP"]) and float(storm["/ product"]) > 0
+
+
+def test_the_same_block_has_as_many_weights_and_flops() -> None:
+    ours = Storm(TINY, benchmark_model.GENES).morphology
+    theirs = benchmark_model.timm_models(TINY, "vit_tiny_patch16_224")["timm of the same block"]
+    weights = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
+    assert abs(weights[1] / weights[0] - 1) < 0.02  # timm's patches and hidden width differ by a little
 
 
 def test_profiles_per_second() -> None:
