@@ -51,6 +51,7 @@ class Slide:
     measured: bool  # False: the footprints are a lattice and have no counts
     unknown: tuple[str, ...]  # measured genes that the model cannot know
     read: Rows  # [M, 2] (row, col) of the tiles that the footprints read
+    kind: str = ""  # of the profiles; '' = as the store has it
 
 
 def prepare(pretrained: Pretrained, store: SlideStore) -> Slide:
@@ -118,6 +119,21 @@ def _lattice(pretrained: Pretrained, store: SlideStore) -> schema.Profiles:
     )  # fmt: skip
 
 
+def with_squares(slide: Slide, xy_um: npt.NDArray[np.float64], side_um: npt.NDArray[np.float32]) -> Slide:
+    """The slide with squares [N] in place of its own footprints: bins of its platform, in which nothing is counted.
+
+    The tiles that its own footprints read stay context. A bin's size is told to the model as it is, that of a cell to
+    the next power of two um.
+    """
+    n = len(xy_um)
+    squares = schema.Profiles(
+        [f"square_{i}" for i in range(n)], xy_um, side_um.astype(np.float32), np.full(n, schema.SQUARE, np.uint8),
+        np.zeros(n + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32),
+    )  # fmt: skip
+    read = regions.tiles_read(xy_um, squares.footprint_um, slide.store.info.tile_um)
+    return replace(slide, profiles=squares, read=np.unique(np.concatenate([slide.read, read]), axis=0), kind="bin")
+
+
 def platform_told(pretrained: Pretrained, slide: Slide) -> str:
     """A measured slide's own platform where the model was trained on it, else the reference platform."""
     own = slide.store.info.platform
@@ -165,7 +181,7 @@ def _group(pretrained: Pretrained, slide: Slide, ask: _Ask, use_image: bool) -> 
     platform = platform_told(pretrained, slide)
     meta = schema.GroupMeta(
         info.slide_id, info.section, info.donor, info.study, info.organ, info.species, platform,
-        info.kind, _PANEL, float(pretrained.reference["slide_log_density"]), info.mpp,
+        slide.kind or info.kind, _PANEL, float(pretrained.reference["slide_log_density"]), info.mpp,
         info.tile_px, info.tile_mpp,
         (schema.RegionMeta(region.origin_um(info.tile_um), region.extent, region.extent),),
     )  # fmt: skip

@@ -54,7 +54,7 @@ class References:
 
 def references(cohort: Cohort, truth_dir: Path, seed: int = 0) -> References:
     """The baselines that are shown, and the oracle. Raises ValueError as `class_table`."""
-    truths = [_truth(truth_dir, section, cohort.gene_ids) for section in cohort.test]
+    truths = [read_truth(truth_dir, section, cohort.gene_ids) for section in cohort.test]
     kind = truths[0][0]
     columns = np.flatnonzero(kind != "")
     measured = [targets.lognorm(section.counts[:, columns], section.depth) for section in cohort.test]
@@ -95,7 +95,7 @@ def skill(means: dict[str, float]) -> float | None:
     return (means[MODEL] - means["colour ridge"]) / room if room > 0.02 else None
 
 
-def _truth(folder: Path, section: Section, gene_ids: list[str]) -> tuple[npt.NDArray[np.str_], Floats]:
+def read_truth(folder: Path, section: Section, gene_ids: list[str]) -> tuple[npt.NDArray[np.str_], Floats]:
     """(class of each gene [K], '' where the truth does not know it; expected composition [N, K])."""
     path = folder / f"{section.slide_id}.npz"
     if not path.is_file():

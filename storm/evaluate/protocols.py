@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from storm import descriptors
-from storm.evaluate import domains, imputation, probes, retrieval, transfer, unseen
+from storm.evaluate import domains, footprints, imputation, probes, retrieval, transfer, unseen
 from storm.evaluate.expression import Cohort
 from storm.export import Pretrained
 
 EXPRESSION = "expression"  # protocol 2: its tables and figures are the report's first part
 _MODULES = {"imputation": imputation, "retrieval": retrieval, "transfer": transfer, "probes": probes}
-_TEXTS = {**_MODULES, "domains": domains, "unseen": unseen}
-NAMES = (EXPRESSION, "imputation", "domains", "retrieval", "transfer", "probes", "unseen")
+_TEXTS = {**_MODULES, "domains": domains, "unseen": unseen, "footprints": footprints}
+NAMES = (EXPRESSION, "imputation", "domains", "retrieval", "transfer", "probes", "unseen", "footprints")
 
 
 def check(names: Sequence[str]) -> None:
@@ -41,6 +41,8 @@ def run(pretrained: Pretrained, cohort: Cohort, seed: int, known: Known, name: s
     """The values of a protocol other than `expression`."""
     if name == "domains":
         return domains.evaluate(pretrained, cohort, seed, known.truth, known.labels)
+    if name == "footprints":
+        return footprints.evaluate(pretrained, cohort, seed, known.truth)
     if name == "unseen":
         table = descriptors.read(known.descriptors) if known.descriptors else None
         return unseen.evaluate(pretrained, cohort, table, seed)

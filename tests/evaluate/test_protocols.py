@@ -42,9 +42,9 @@ def test_each_protocol_is_reported_with_its_provenance(values: dict) -> None:
 
 def test_what_cannot_be_run_says_why(values: dict) -> None:
     skipped = {name: of["skipped"] for name, of in values["protocols"].items() if "skipped" in of}
-    assert set(skipped) == {"retrieval", "transfer", "unseen"}
+    assert set(skipped) == {"retrieval", "transfer", "unseen", "footprints"}
     assert "align_width is 0" in skipped["retrieval"] and "trained on" in skipped["transfer"]
-    assert "--descriptors" in skipped["unseen"]
+    assert "--descriptors" in skipped["unseen"] and "of cells" in skipped["footprints"]
     for reason in skipped.values():
         assert f"Skipped: {reason}." in values["text"]
 
