@@ -260,13 +260,13 @@ def _device(device: str | None) -> torch.device:
 
 
 def vectors(
-    pretrained: Pretrained, slide: Slide, name: str, use_counts: bool | Mask = False, use_image: bool = True,
-    rows: Rows | None = None, device: str | None = None,
-) -> Floats:  # fmt: skip
-    """One of the model's outputs per footprint, [N, ...]: of all footprints, or of those at `rows`.
+    pretrained: Pretrained, slide: Slide, names: tuple[str, ...], use_counts: bool | Mask = False,
+    use_image: bool = True, rows: Rows | None = None, device: str | None = None,
+) -> dict[str, Floats]:  # fmt: skip
+    """Some of the model's outputs per footprint, [N, ...], of one pass: of all footprints, or of those at `rows`.
 
     Args:
-        name: embedding; feature [N, 2, D], what the image encoder alone gave under the footprint and over the window;
+        names: embedding; feature [N, 2, D], what the image encoder alone gave under the footprint and over the window;
             align_image and align_expression of a model that has them.
         use_counts: whose counts are shown: nobody's, everybody's, or those of a mask [all footprints].
         use_image: show the pixels.
@@ -277,12 +277,12 @@ def vectors(
     shown = _shown(slide, use_counts, use_image)
     rows = np.arange(len(slide.profiles)) if rows is None else rows
     place = {int(row): i for i, row in enumerate(rows)}
-    found: Floats | None = None
-    for done, outputs in _forward(pretrained, slide, rows, shown, _NO_GENES, (name,), _device(device)):
-        values = outputs[name].numpy()
-        found = np.zeros((len(rows), *values.shape[1:]), np.float32) if found is None else found
-        found[[place[int(row)] for row in done]] = values
-    return np.zeros((0, 0), np.float32) if found is None else found
+    found: dict[str, Floats] = {}
+    for done, outputs in _forward(pretrained, slide, rows, shown, _NO_GENES, names, _device(device)):
+        at = [place[int(row)] for row in done]
+        for name, values in outputs.items():
+            found.setdefault(name, np.zeros((len(rows), *values.shape[1:]), np.float32))[at] = values.numpy()
+    return found or {name: np.zeros((0, 0), np.float32) for name in names}
 
 
 def embed(
@@ -293,7 +293,7 @@ def embed(
     Raises:
         ValueError: as `vectors`.
     """
-    return vectors(pretrained, slide, "embedding", use_counts, rows=rows, device=device)
+    return vectors(pretrained, slide, ("embedding",), use_counts, rows=rows, device=device)["embedding"]
 
 
 def gene_indices(

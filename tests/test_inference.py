@@ -178,14 +178,14 @@ def test_context_is_bounded(slide: Slide, pretrained: export.Pretrained, monkeyp
 
 
 def test_pixels_can_be_withheld(slide: Slide, pretrained: export.Pretrained, tmp_path: Path) -> None:
-    found = inference.vectors(pretrained, slide, "embedding", use_counts=True, use_image=False)
+    found = inference.vectors(pretrained, slide, ("embedding",), use_counts=True, use_image=False)["embedding"]
     repainted = store.SlideStore(untrained.write_store(tmp_path, seed=0))
     repainted.jpeg = lambda i, own=repainted.jpeg: own(0)  # type: ignore[method-assign, misc]
     other = Slide(repainted, slide.profiles, slide.panel, True, slide.unknown, slide.read)
-    np.testing.assert_array_equal(inference.vectors(pretrained, other, "embedding", True, False), found)
+    np.testing.assert_array_equal(inference.vectors(pretrained, other, ("embedding",), True, False)["embedding"], found)
     assert np.abs(inference.embed(pretrained, other, True) - inference.embed(pretrained, slide, True)).max() > 1e-3
     with pytest.raises(ValueError, match="neither pixels nor counts"):
-        inference.vectors(pretrained, slide, "embedding", use_image=False)
+        inference.vectors(pretrained, slide, ("embedding",), use_image=False)["embedding"]
 
 
 def test_an_answer_can_be_the_mean_over_the_symmetries(
@@ -193,7 +193,8 @@ def test_an_answer_can_be_the_mean_over_the_symmetries(
 ) -> None:
     eight = dataclasses.replace(pretrained, symmetries=8)
     rows = np.arange(3)
-    found, several = inference.predict(eight, slide, rows=rows), inference.vectors(eight, slide, "embedding", rows=rows)
+    found = inference.predict(eight, slide, rows=rows)
+    several = inference.vectors(eight, slide, ("embedding",), rows=rows)["embedding"]
     close(found.composition.sum(1), np.ones(3))
     each = []
     for one in list(inference.SYMMETRIES):
@@ -208,10 +209,10 @@ def test_an_answer_can_be_the_mean_over_the_symmetries(
 
 
 def test_features_are_of_the_image_encoder_alone(slide: Slide, pretrained: export.Pretrained) -> None:
-    found = inference.vectors(pretrained, slide, "feature")
+    found = inference.vectors(pretrained, slide, ("feature",))["feature"]
     assert found.shape == (len(slide.profiles), 2, 32) and found.std(0).min() > 1e-4
-    close(inference.vectors(pretrained, slide, "feature", use_counts=True), found)
-    close(inference.vectors(pretrained, slide, "feature", rows=np.array([9, 4])), found[[9, 4]])
+    close(inference.vectors(pretrained, slide, ("feature",), use_counts=True)["feature"], found)
+    close(inference.vectors(pretrained, slide, ("feature",), rows=np.array([9, 4]))["feature"], found[[9, 4]])
 
 
 def test_without_counts_a_lattice_is_asked(pretrained: export.Pretrained, tmp_path: Path) -> None:

@@ -154,13 +154,13 @@ def methods(pretrained: Pretrained, cohort: Cohort, sections: list[Section]) -> 
     expressed = [targets.lognorm(s.counts[:, columns], s.depth) for s in sections]
     scaled = [StandardScaler().fit_transform(x) for x in expressed]
     colour = [StandardScaler().fit_transform(s.colour) for s in sections]
-    image = [StandardScaler().fit_transform(x) for x in read(pretrained, cohort, "feature", sections)]
+    image = [StandardScaler().fit_transform(x) for x in read(pretrained, cohort, ("feature",), sections)["feature"]]
     both = [
         np.concatenate([x / np.sqrt(x.shape[1]), c / np.sqrt(c.shape[1])], axis=1)
         for x, c in zip(scaled, colour, strict=True)
     ]
     found = {
-        name: Features(read(pretrained, cohort, "embedding", sections, counts), smoothed=False)
+        name: Features(read(pretrained, cohort, ("embedding",), sections, counts)["embedding"], smoothed=False)
         for name, counts in MODELS.items()
     }
     own = next(iter(found.values())).sections

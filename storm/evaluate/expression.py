@@ -153,23 +153,21 @@ class Seen:
 
 def see(pretrained: Pretrained, cohort: Cohort) -> Seen:
     """Embeddings and image features of a cohort."""
-    embedding, image = (
-        (read(pretrained, cohort, name, cohort.train), read(pretrained, cohort, name, cohort.test))
-        for name in ("embedding", "feature")
-    )
-    return Seen(embedding, image)
+    names = ("embedding", "feature")
+    train, test = (read(pretrained, cohort, names, sections) for sections in (cohort.train, cohort.test))
+    return Seen(*((train[name], test[name]) for name in names))
 
 
 def read(
-    pretrained: Pretrained, cohort: Cohort, name: str, sections: list[Section], use_counts: bool = False,
+    pretrained: Pretrained, cohort: Cohort, names: tuple[str, ...], sections: list[Section], use_counts: bool = False,
     use_image: bool = True,
-) -> list[Floats]:  # fmt: skip
-    """One of the model's outputs for the profiles of each section, [N, D]; see `inference.vectors`."""
-    found = []
+) -> dict[str, list[Floats]]:  # fmt: skip
+    """Some of the model's outputs for the profiles of each section, [N, D]; see `inference.vectors`."""
+    found: dict[str, list[Floats]] = {name: [] for name in names}
     for section in sections:
         slide = inference.prepare(pretrained, cohort.stores[section.slide_id])
-        values = inference.vectors(pretrained, slide, name, use_counts, use_image, section.rows)
-        found.append(values.reshape(len(values), -1).astype(np.float64))
+        for name, values in inference.vectors(pretrained, slide, names, use_counts, use_image, section.rows).items():
+            found[name].append(values.reshape(len(values), -1).astype(np.float64))
     return found
 
 

@@ -100,7 +100,7 @@ class Ground:
 def prepare(pretrained: Pretrained, cohort: Cohort, columns: npt.NDArray[np.int64]) -> Ground:
     """Values of the chosen genes, and the ridges on colour and on image features."""
     sections = cohort.train, cohort.test
-    train, test = (inputs(part, read(pretrained, cohort, "feature", part)) for part in sections)
+    train, test = (inputs(part, read(pretrained, cohort, ("feature",), part)["feature"]) for part in sections)
     y = [[targets.lognorm(s.counts[:, columns], s.depth) for s in part] for part in sections]
     joined, ends = np.concatenate(y[0]), [np.cumsum([len(s.rows) for s in part])[:-1] for part in sections]
     ridges = {}

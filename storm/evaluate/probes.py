@@ -106,7 +106,7 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str,
         return {"protocol": PROTOCOL, "skipped": reason}
     columns, sections = gene_rules(cohort)["var"], cohort.train + cohort.test
     levels = {"colour": [s.colour for s in sections]} | {
-        name: read(pretrained, cohort, output, sections, counts) for name, (output, counts) in LEVELS.items()
+        name: read(pretrained, cohort, (output,), sections, counts)[output] for name, (output, counts) in LEVELS.items()
     }
     found = {}
     for name, features in levels.items():

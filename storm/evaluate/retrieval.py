@@ -141,10 +141,9 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str,
     if not pretrained.config.align_width:
         reason = "the model has no vectors for alignment (model.align_width is 0)"
         return {"protocol": PROTOCOL, "skipped": reason}
-    own = Vectors(
-        [_unit(x) for x in read(pretrained, cohort, "align_image", cohort.test)],
-        [_unit(x) for x in read(pretrained, cohort, "align_expression", cohort.test, use_counts=True, use_image=False)],
-    )
+    image = read(pretrained, cohort, ("align_image",), cohort.test)
+    expression = read(pretrained, cohort, ("align_expression",), cohort.test, use_counts=True, use_image=False)
+    own = Vectors(*([_unit(x) for values in found.values() for x in values] for found in (image, expression)))
     compared = {MODEL: own} | ({CONTROL: control(cohort)} if cohort.train else {})
     return {
         **provenance(pretrained, cohort, seed, PROTOCOL, "H&E only against expression only"),

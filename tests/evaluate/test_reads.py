@@ -34,7 +34,7 @@ def features(pretrained: export.Pretrained, opened: store.SlideStore, xy_um: np.
     side = np.full(len(xy_um), 40.0, np.float32)
     slide = inference.with_squares(inference.prepare(pretrained, opened), xy_um, side)
     with reading(pretrained.model, name):
-        return inference.vectors(pretrained, slide, "feature")
+        return inference.vectors(pretrained, slide, ("feature",))["feature"]
 
 
 @pytest.fixture(scope="module")
