@@ -1,6 +1,7 @@
 """Probes: a section's stain is found, also in blocks that were not seen; without one there is chance."""
 
 import numpy as np
+import pytest
 
 from storm.evaluate import probes, statistics
 from tests.evaluate import cohorts
@@ -58,3 +59,16 @@ def test_one_section_per_donor_leaves_the_donors() -> None:
     sections = made()
     assert set(probes.tasks([sections[0], sections[2]])) == {"donor"}
     assert probes.tasks(sections[:1]) == {} and set(probes.tasks(sections[:2])) == {"section within donor"}
+
+
+@pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
+def test_the_regression_converges_on_components_of_very_different_sizes() -> None:
+    """Labels in the smallest directions of nearly collinear features, and columns that are 0 but for rounding."""
+    sections, rng = made(), np.random.default_rng(3)
+    mixed = rng.normal(size=(12, 12)) * np.logspace(0, -2.5, 12)[:, None]
+    level = rng.normal(size=(4, 12)) * (np.arange(12) > 6)
+    features = [(rng.normal(size=(196, 12)) + own) @ mixed for own in level]
+    features = [np.concatenate([x, x[:, :4] + 1e-13], axis=1) for x in features]
+    found = probes.leakage(features, sections, 0)
+    assert found["section within donor"]["low"] > 0.7 and found["donor"]["low"] > 0.6
+    np.testing.assert_allclose(probes.unit_scale(np.array([[0, 0.0], [2, 1e-14]])), [1, 1e-3])
