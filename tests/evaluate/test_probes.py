@@ -62,13 +62,16 @@ def test_one_section_per_donor_leaves_the_donors() -> None:
 
 
 @pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
-def test_the_regression_converges_on_components_of_very_different_sizes() -> None:
-    """Labels in the smallest directions of nearly collinear features, and columns that are 0 but for rounding."""
+def test_the_regression_converges_on_components_of_very_different_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One direction moves every feature, the labels lie in small ones: one common scale takes twice as many."""
     sections, rng = made(), np.random.default_rng(3)
-    mixed = rng.normal(size=(12, 12)) * np.logspace(0, -2.5, 12)[:, None]
-    level = rng.normal(size=(4, 12)) * (np.arange(12) > 6)
-    features = [(rng.normal(size=(196, 12)) + own) @ mixed for own in level]
-    features = [np.concatenate([x, x[:, :4] + 1e-13], axis=1) for x in features]
+    level = 0.3 * rng.normal(size=(4, 60))
+    features = [(rng.normal(size=(196, 60)) + own) * np.logspace(0, -3, 60) for own in level]
+    features = [x + 3 * rng.normal(size=(196, 1)) for x in features]
+    monkeypatch.setattr(probes, "_ITERATIONS", 45)
     found = probes.leakage(features, sections, 0)
-    assert found["section within donor"]["low"] > 0.7 and found["donor"]["low"] > 0.6
+    assert found["section within donor"]["low"] > 0.6 and found["donor"]["low"] > 0.6
+
+
+def test_a_scale_per_component_leaves_what_is_rounding_small() -> None:
     np.testing.assert_allclose(probes.unit_scale(np.array([[0, 0.0], [2, 1e-14]])), [1, 1e-3])
