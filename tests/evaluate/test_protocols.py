@@ -1,12 +1,13 @@
 """All protocols on the synthetic tissue with an untrained model: they run, say what they are, and claim nothing."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 
 from storm import cli, export, files
-from storm.evaluate import expression, protocols, transfer
+from storm.evaluate import expression, protocols, transfer, within
 from tests import untrained
 
 
@@ -22,6 +23,7 @@ def values(tiny_store: Path, tiny_shards: Path, synthetic_tiny: Path, tmp_path_f
     assert cli.main(["evaluate", *words, "--protocols", names]) == 0
     return {
         "model": folder / "model",
+        "store": tiny_store,
         "text": (folder / "report" / "report.md").read_text(),
         **files.read_json(folder / "report/evaluation.json"),
     }
@@ -73,6 +75,34 @@ def test_transfer_reads_real_stores(values: dict, tiny_store: Path, tiny_shards:
     assert set(group["scores"]) == {transfer.MODEL, transfer.SOURCE, transfer.TARGET}
     assert "ratio_to_within" not in group and found["trained_on"] == ["st"]
     assert group["scores"][transfer.SOURCE]["value"] > 0 and "new donor" in transfer.text(found)
+
+
+def test_a_second_model_is_known_by_its_shards(
+    values: dict, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its shard set names the donors of its training, the export does not."""
+    manifest = files.read_json(tiny_shards / "manifest.json")
+    trained = manifest["splits"]["train"]["slides"]
+    model = values["model"]
+    found = within.open_within(model, [tiny_shards], symmetries=2)
+    assert found.slides == set(trained) and found.pretrained.symmetries == 2
+    assert found.donors == {(e["study"], e["donor"]) for n, e in manifest["slides"].items() if n in trained}
+    checkpoint = untrained.shards_checkpoint(tiny_shards, tmp_path / "run")
+    reference = files.read_json(checkpoint / "reference.json")
+    files.write_json(checkpoint / "reference.json", reference | {"platforms": {"st": {"slides": 7, "profiles": 1}}})
+    (checkpoint / "COMPLETE").unlink()
+    untrained.seal(checkpoint)
+    with pytest.raises(ValueError, match="not split train of its shards"):
+        within.open_within(export.export(checkpoint, tmp_path / "model"), [tiny_shards])
+    other = tmp_path / "other"
+    shutil.copytree(tiny_shards, other)
+    files.write_json(other / "manifest.json", manifest | {"seed": 99})
+    with pytest.raises(ValueError, match=r"was trained on other shards than .*other; name its own by --within-shards"):
+        within.open_within(model, [other])
+    words = ["--model", str(model), "--store", str(values["store"]), "--shards", str(tiny_shards)]
+    words += ["--out", str(tmp_path / "report"), "--within", str(model)]
+    assert cli.main(["evaluate", *words]) == 2 and "goes with the protocol transfer" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
 
 
 def test_names_that_are_no_protocol_are_refused() -> None:
