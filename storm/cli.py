@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--protocols", default="expression",
-        help="a list of expression, imputation, domains, retrieval, transfer, probes, unseen (default: expression)",
+        help="a list of expression, imputation, domains, retrieval, transfer, probes, unseen, "
+        "uncertainty (default: expression)",
     )  # fmt: skip
     command.add_argument("--seed", type=int, default=0, help="of baselines and bootstrap")
     _add_symmetries(command)

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from storm import descriptors
-from storm.evaluate import domains, imputation, probes, retrieval, transfer, unseen
+from storm.evaluate import domains, imputation, probes, retrieval, transfer, uncertainty, unseen
 from storm.evaluate.expression import Cohort
 from storm.evaluate.within import Within, open_within
 from storm.export import Pretrained
 
 EXPRESSION = "expression"  # protocol 2: its tables and figures are the report's first part
-_MODULES = {"imputation": imputation, "retrieval": retrieval, "probes": probes}
+UNCERTAINTY = "uncertainty"  # protocol 10: it asks for validation sections
+_MODULES = {"imputation": imputation, "retrieval": retrieval, "probes": probes, UNCERTAINTY: uncertainty}
 _TEXTS = {**_MODULES, "transfer": transfer, "domains": domains, "unseen": unseen}
-NAMES = (EXPRESSION, "imputation", "domains", "retrieval", "transfer", "probes", "unseen")
+NAMES = (EXPRESSION, "imputation", "domains", "retrieval", "transfer", "probes", "unseen", UNCERTAINTY)
 
 
 def check(names: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from storm import cli, export, files
-from storm.evaluate import expression, protocols, transfer, within
+from storm.evaluate import expression, protocols, transfer, uncertainty, within
 from tests import untrained
 
 
@@ -62,6 +62,36 @@ def test_an_untrained_model_is_beaten(values: dict) -> None:
         assert all(-0.5 <= m["ari"]["low"] <= m["ari"]["high"] <= 1 for m in backend["methods"].values())
     levels = values["protocols"]["probes"]["levels"]
     assert set(levels) == {"colour", "image features", "embedding, H&E only", "embedding, H&E and counts"}
+
+
+def test_uncertainty_says_who_calibrates_and_claims_nothing_of_few(values: dict) -> None:
+    found = values["protocols"]["uncertainty"]
+    assert found["val"] == {"sections": 0, "donors": 0, "left_out": 0} and len(found["bins"]) == 5
+    for donor in found["donors"]:
+        assert donor["calibrated_by"] == "other test donors" and donor["guarantee"] is False
+        noise = donor["methods"]["negative binomial"]
+        assert 0 <= noise["covered"] <= 1 and 0.9 <= noise["promised"] <= 1
+    assert "No guarantee" in values["text"]
+
+
+def test_validation_sections_calibrate_where_there_are_any(
+    values: dict, tiny_store: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """A training section taken for one of a validation donor: it is read over the cohort's genes, or left out."""
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    manifest = files.read_json(shards / "manifest.json")
+    platform = {e["platform"] for e in manifest["slides"].values() if e["split"] == "test"}
+    name = next(n for n, e in manifest["slides"].items() if e["split"] == "train" and e["platform"] in platform)
+    manifest["slides"][name]["split"] = "val"
+    files.write_json(shards / "manifest.json", manifest)
+    pretrained = export.load(values["model"])
+    cohort = expression.with_val(expression.open_cohort(pretrained, tiny_store, shards), tiny_store, shards)
+    assert [s.slide_id for s in cohort.val] == [name] and cohort.val_left_out == 0
+    (donor,) = uncertainty.evaluate(pretrained, cohort)["donors"]
+    assert (donor["calibrated_by"], donor["calibrators"], donor["guarantee"]) == ("val donors", 1, False)
+    assert 0 <= donor["methods"]["split-conformal"]["covered"] <= 1
+    lacking = dataclasses.replace(cohort, gene_ids=[*cohort.gene_ids, "ENSG1"])
+    assert expression.with_val(lacking, tiny_store, shards).val_left_out == 1
 
 
 def test_transfer_reads_real_stores(values: dict, tiny_store: Path, tiny_shards: Path) -> None:

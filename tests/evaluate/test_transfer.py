@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storm.evaluate import expression, transfer
+from storm.evaluate import expression, targets, transfer
 from storm.evaluate.expression import Cohort, Score
 from storm.evaluate.sections import Section
 from storm.evaluate.within import Within
@@ -125,7 +125,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, worse: float = 0.0) -> None:
 
     def model(pretrained: Any, cohort: Cohort, test: list[Section], columns: Any, seed: int) -> Score:
         rng, first = np.random.default_rng(5), not hasattr(pretrained, "hash")
-        measured = [transfer.targets.lognorm(s.counts[:, columns], s.depth) for s in test]
+        measured = [targets.lognorm(s.counts[:, columns], s.depth) for s in test]
         noise = [m.std(0) * rng.normal(size=m.shape) for m in measured]
         told = [m + (1 + worse * first) * n for m, n in zip(measured, noise, strict=True)]
         return expression.score([told], measured, test, seed)
