@@ -90,7 +90,7 @@ def _of_donors(sections: list[Section], values: list[Floats]) -> dict[tuple[str,
 
 def bins(pretrained: Pretrained, gene_ids: list[str]) -> list[Columns]:
     """The columns of each bin, from the least expressed genes to the most."""
-    share = np.array([pretrained.genes.share[pretrained.genes.index[gene]] for gene in gene_ids])
+    share = np.asarray(pretrained.genes.share)[[pretrained.genes.index[gene] for gene in gene_ids]]
     order = np.argsort(share, kind="stable")
     spread = order[np.arange(min(GENES, len(order))) * len(order) // min(GENES, len(order))]
     return [part for part in np.array_split(spread, BINS) if len(part)]
