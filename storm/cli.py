@@ -81,13 +81,17 @@ def _parser() -> argparse.ArgumentParser:
         ("--truth", False, "truth folder of a synthetic corpus"),
         ("--labels", False, "folder of <slide>.csv (profile_id, label): annotated domains"),
         ("--descriptors", False, "npz by which genes that the model lacks are known"),
+        ("--within", False, "transfer: a second export, trained on the target platform by other donors"),
     ):  # fmt: skip
         command.add_argument(
             name, dest=name[2:] + ("_dir" if name == "--run" else ""), type=Path, required=needed, help=text
         )
     command.add_argument(
+        "--within-shards", type=Path, nargs="+", default=[], help="shard sets of --within (default: --shards)"
+    )
+    command.add_argument(
         "--protocols", default="expression",
-        help="a list of expression, imputation, domains, retrieval, transfer, probes, unseen, footprints "
+        help="a list of expression, imputation, domains, retrieval, transfer, probes, unseen, uncertainty, footprints "
         "(default: expression)",
     )  # fmt: skip
     command.add_argument("--seed", type=int, default=0, help="of baselines and bootstrap")
@@ -297,7 +301,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """`storm evaluate`."""
     from storm.evaluate import protocols, report
 
-    known = protocols.Known(args.truth, args.labels, args.descriptors)
+    known = protocols.Known(args.truth, args.labels, args.descriptors, args.within, tuple(args.within_shards))
     sources = report.Sources(args.model, args.store, args.shards, known, args.run_dir, args.symmetries)
     print(report.write(sources, args.out, args.protocols.split(","), args.seed))
     return 0

@@ -129,9 +129,8 @@ class Corpus:
 
     @property
     def hash(self) -> str:
-        """sha256 of the manifest; of several, of theirs in their order."""
-        found = [files.sha256_file(one.folder / MANIFEST) for one in self.sets]
-        return found[0] if len(found) == 1 else files.sha256_of("\n".join(found).encode())
+        """By which an export knows the shard sets of its training."""
+        return sets_hash([one.folder for one in self.sets])
 
     @property
     def groups_hash(self) -> str:
@@ -164,6 +163,12 @@ class Corpus:
         corpus = np.repeat(np.arange(len(indices)), [len(index.slides) for index in indices])
         groups = np.bincount(of, minlength=len(told))
         return Slides(groups, corpus, study, donor, section, [entry["platform"] for entry in told]), of
+
+
+def sets_hash(folders: Sequence[Path]) -> str:
+    """sha256 of the manifest of a shard set; of several, of theirs in their order."""
+    found = [files.sha256_file(folder / MANIFEST) for folder in folders]
+    return found[0] if len(found) == 1 else files.sha256_of("\n".join(found).encode())
 
 
 def check_sets(sets: Sequence[ShardSet], names: Sequence[str]) -> None:

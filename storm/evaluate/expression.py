@@ -13,7 +13,7 @@ predictions per target:
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Cohort:
     gene_ids: list[str]
     split_by: str
     shards_hash: str
+    val: list[Section] = field(default_factory=list)  # where a protocol asked for them
+    val_left_out: int = 0  # those that do not measure the genes
 
     @property
     def donors(self) -> int:
@@ -75,6 +77,22 @@ def open_cohort(pretrained: Pretrained, store_dir: Path, shards_dir: Path) -> Co
     gene_ids = sorted(common)
     train, test = ([open_section(stores[name], gene_ids) for name in names[split]] for split in ("train", "test"))
     return Cohort(train, test, stores, gene_ids, manifest["split_by"], files.sha256_file(shards_dir / MANIFEST))
+
+
+def with_val(cohort: Cohort, store_dir: Path, shards_dir: Path) -> Cohort:
+    """The cohort with its validation sections, over the genes that it has; those that lack one are left out.
+
+    Raises:
+        ValueError: a store is missing or is not the one that was packed.
+    """
+    manifest = ShardSet(shards_dir).manifest
+    names = [name for name, entry in sorted(manifest["slides"].items()) if entry["split"] == "val"]
+    stores = {name: _store(store_dir, name, manifest) for name in names}
+    fit = [store for store in stores.values() if set(cohort.gene_ids) <= set(store.genes().ids)]
+    val = [open_section(store, cohort.gene_ids) for store in fit]
+    return dataclasses.replace(
+        cohort, stores=cohort.stores | stores, val=val, val_left_out=len(stores) - len(fit)
+    )  # fmt: skip
 
 
 def _store(store_dir: Path, name: str, manifest: Mapping[str, Any]) -> SlideStore:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from storm import descriptors
-from storm.evaluate import domains, footprints, imputation, probes, retrieval, transfer, unseen
+from storm.evaluate import domains, footprints, imputation, probes, retrieval, transfer, uncertainty, unseen
 from storm.evaluate.expression import Cohort
+from storm.evaluate.within import Within, open_within
 from storm.export import Pretrained
 
 EXPRESSION = "expression"  # protocol 2: its tables and figures are the report's first part
-_MODULES = {"imputation": imputation, "retrieval": retrieval, "transfer": transfer, "probes": probes}
-_TEXTS = {**_MODULES, "domains": domains, "unseen": unseen, "footprints": footprints}
-NAMES = (EXPRESSION, "imputation", "domains", "retrieval", "transfer", "probes", "unseen", "footprints")
+UNCERTAINTY = "uncertainty"  # protocol 10: it asks for validation sections
+_MODULES = {"imputation": imputation, "retrieval": retrieval, "probes": probes, UNCERTAINTY: uncertainty}
+_TEXTS = {**_MODULES, "transfer": transfer, "domains": domains, "unseen": unseen, "footprints": footprints}
+NAMES = (EXPRESSION, "imputation", "domains", "retrieval", "transfer", "probes", "unseen", UNCERTAINTY, "footprints")
 
 
 def check(names: Sequence[str]) -> None:
@@ -30,15 +32,42 @@ def check(names: Sequence[str]) -> None:
 @dataclass(frozen=True)
 class Known:
     """What is known beside the cohort, where it is: truth of synthetic tissue, labels of domains (<slide>.csv), and
-    tables that describe genes, files as `storm.descriptors` reads them."""
+    tables that describe genes, files as `storm.descriptors` reads them; for transfer an export trained on the target
+    platform, with the shard sets of its training."""
 
     truth: Path | None = None
     labels: Path | None = None
     descriptors: Path | None = None
+    within: Path | None = None
+    within_shards: tuple[Path, ...] = ()
 
 
-def run(pretrained: Pretrained, cohort: Cohort, seed: int, known: Known, name: str) -> dict[str, Any]:
+def open_rival(
+    known: Known, names: Sequence[str], shards: Path, pretrained: Pretrained, cohort: Cohort
+) -> Within | None:
+    """The model that transfer is held against, where one is named; it is refused before anything is computed.
+
+    Args:
+        shards: the evaluated set, taken for that of its training where `known` names none.
+
+    Raises:
+        ValueError: as `open_within` and `transfer.check`, or no protocol asks for it.
+    """
+    if known.within is None:
+        return None
+    if "transfer" not in names:
+        raise ValueError(f"--within {known.within}: goes with the protocol transfer; name it in --protocols")
+    rival = open_within(known.within, known.within_shards or (shards,), pretrained.symmetries)
+    transfer.check(pretrained, cohort, rival)
+    return rival
+
+
+def run(
+    pretrained: Pretrained, cohort: Cohort, seed: int, known: Known, rival: Within | None, name: str
+) -> dict[str, Any]:
     """The values of a protocol other than `expression`."""
+    if name == "transfer":
+        return transfer.evaluate(pretrained, cohort, seed, rival)
     if name == "domains":
         return domains.evaluate(pretrained, cohort, seed, known.truth, known.labels)
     if name == "footprints":

@@ -23,7 +23,7 @@ import numpy as np
 from storm import files, inference, results
 from storm.evaluate import figures, protocols, targets
 from storm.evaluate.classes import class_table
-from storm.evaluate.expression import Cohort, evaluate, gene_rules, open_cohort
+from storm.evaluate.expression import Cohort, evaluate, gene_rules, open_cohort, with_val
 from storm.export import Pretrained, load
 from storm.markdown import clean
 from storm.markdown import table as markdown
@@ -96,12 +96,15 @@ def write(sources: Sources, out: Path, names: Sequence[str] = (protocols.EXPRESS
     lines = read_log(sources.run) if sources.run else []
     pretrained = dataclasses.replace(load(sources.model), symmetries=sources.symmetries)
     cohort = open_cohort(pretrained, sources.stores, sources.shards)
+    rival = protocols.open_rival(sources.known, names, sources.shards, pretrained, cohort)
+    if protocols.UNCERTAINTY in names:
+        cohort = with_val(cohort, sources.stores, sources.shards)
     values: dict[str, Any] = {}
     if protocols.EXPRESSION in names:
         classes = class_table(pretrained, cohort, truth, seed) if (truth := sources.known.truth) else None
         values = evaluate(pretrained, cohort, seed) | ({"gene_classes": classes} if classes else {})
     if others := [name for name in names if name != protocols.EXPRESSION]:
-        run = functools.partial(protocols.run, pretrained, cohort, seed, sources.known)
+        run = functools.partial(protocols.run, pretrained, cohort, seed, sources.known, rival)
         values["protocols"] = {name: run(name) for name in others}
     with files.replacing_folder(out) as folder:
         _fill(folder, values, lines, pretrained, cohort)

@@ -11,8 +11,10 @@ section.
 
 Beside the model: a ridge on colour trained on the trained platforms (`source`), with the image read under the target's
 footprint and about it on both sides; the same trained on training sections of the target platform, where there are any.
-The ratio to `within` compares platforms whose ceilings differ: it is a figure, no verdict on consistency, which needs a
-model trained on the target.
+The ratio to `within` compares platforms whose ceilings differ: it is a figure, no verdict on consistency. The verdict
+needs a second export, trained on the target by other donors (`storm.evaluate.within`): both are scored on the same
+sections and genes, and the ratio transfer / within is taken draw by draw of the same blocks. Consistent: its lower
+bound is at least CONSISTENT.
 """
 
 import dataclasses
@@ -22,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from storm import inference
-from storm.evaluate import statistics, targets
+from storm.evaluate import statistics, targets, within
 from storm.evaluate.baselines import colour_features, ridge_predict
 from storm.evaluate.expression import Cohort, Score, inputs, provenance, score
 from storm.evaluate.sections import Section, patches, take
 from storm.evaluate.statistics import told
+from storm.evaluate.within import Within
 from storm.export import Pretrained
 from storm.markdown import table
 from storm.regions import slide_key
@@ -36,6 +39,9 @@ Columns = npt.NDArray[np.int64]
 PROTOCOL = "6, transfer between platforms"
 WITHIN, TECHNICAL, NEW_DONOR = "within", "technical", "new donor"
 MODEL, SOURCE, TARGET = "STORM (this project), H&E only", "colour ridge, source", "colour ridge, target platform"
+TRAINED = "STORM (this project), trained on the target"
+CONSISTENT = 0.8
+CONSISTENT_TOLD, NOT_SHOWN = "consistent", "not shown to be consistent"
 _AT_ONCE = 64  # patches
 
 
@@ -112,19 +118,47 @@ def _model(pretrained: Pretrained, cohort: Cohort, test: list[Section], columns:
     return score([predicted], measured, test, seed)
 
 
-def ratio(transfer: Score, within: Score) -> dict[str, Any] | None:
-    """transfer / within with its interval, the two resampled apart; None where `within` is not above 0."""
+def ratio(transfer: Score, within: Score, paired: bool = False) -> dict[str, float] | None:
+    """transfer / within with its interval; None where `within` is not above 0.
+
+    Paired: both are of the same sections, and drawn together. Else the two are resampled apart.
+    """
     if np.percentile(within.replicates, 2.5) <= 0:
         return None
-    shift = len(transfer.replicates) // 2  # two sets of sections: their draws must not go together
-    found = statistics.interval(
-        transfer.value / within.value, transfer.replicates / np.roll(within.replicates, shift)
-    ).json()
-    return found
+    shift = 0 if paired else len(transfer.replicates) // 2  # draws of two sets of sections must not go together
+    drawn = transfer.replicates / np.roll(within.replicates, shift)
+    return statistics.interval(transfer.value / within.value, drawn).json()
 
 
-def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str, Any]:
-    """The table of protocol 6 as plain values."""
+def verdict(found: dict[str, float] | None) -> str:
+    """What a paired ratio allows to be said; where there is none, nothing is shown."""
+    return CONSISTENT_TOLD if found and found["low"] >= CONSISTENT else NOT_SHOWN
+
+
+def check(pretrained: Pretrained, cohort: Cohort, rival: Within) -> None:
+    """Refuse a model that is no yardstick for the platforms that `pretrained` is transferred to.
+
+    Raises:
+        ValueError: as `within.check`.
+    """
+    asked: dict[str, list[Section]] = {}
+    for (own, relation), test in groups(cohort, set(pretrained.data["platforms"])).items():
+        if relation != WITHIN:
+            asked.setdefault(own, []).extend(test)
+    within.check(rival, cohort, asked)
+
+
+def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0, rival: Within | None = None) -> dict[str, Any]:
+    """The table of protocol 6 as plain values.
+
+    Args:
+        rival: a model trained on the target platform, for the verdict.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    if rival:
+        check(pretrained, cohort, rival)
     trained = set(pretrained.data["platforms"])
     cohort = equal_depth(cohort, seed)
     found = groups(cohort, trained)
@@ -132,20 +166,33 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str,
     if all(relation == WITHIN for _, relation in found) or not source:
         reason = "the test sections are all of platforms that the model was trained on, or none is for training"
         return {"protocol": PROTOCOL, "skipped": reason}
-    moments = targets.moments([s.counts for s in source], [s.depth for s in source])
-    columns = targets.top_variance(moments)
+    columns = targets.top_variance(targets.moments([s.counts for s in source], [s.depth for s in source]))
     scores: dict[tuple[str, str], dict[str, Score]] = {}
     for (own, relation), test in found.items():
         target = [s for s in cohort.train if platform(cohort, s) == own]
-        scores[own, relation] = {
+        scores[own, relation] = of = {
             MODEL: _model(pretrained, cohort, test, columns, seed),
             SOURCE: _ridge(cohort, source, test, columns, seed),
-        } | ({TARGET: _ridge(cohort, target, test, columns, seed)} if target and relation != WITHIN else {})
+        }
+        if relation != WITHIN:
+            of |= {TARGET: _ridge(cohort, target, test, columns, seed)} if target else {}
+            of |= {TRAINED: _model(rival.pretrained, cohort, test, columns, seed)} if rival else {}
     level = [of for (_, relation), of in scores.items() if relation == WITHIN]
     return {
         **provenance(pretrained, cohort, seed, PROTOCOL), "target": "lognorm", "genes": len(columns),
         "trained_on": sorted(trained), "median_depth": float(np.median(np.concatenate([s.depth for s in source]))),
-        "groups": [_group(key, found[key], of, level) for key, of in scores.items()],
+        "within": _told_of(rival), "groups": [_group(key, found[key], of, level) for key, of in scores.items()],
+    }  # fmt: skip
+
+
+def _told_of(rival: Within | None) -> dict[str, Any] | None:
+    """The provenance of the second model."""
+    if rival is None:
+        return None
+    of = rival.pretrained
+    return {
+        "model_hash": of.hash, "model_code": of.code_version, "shards_sha256": of.data["shards_hash"],
+        "trained_on": sorted(of.data["platforms"]), "donors": len(rival.donors), "sections": len(rival.slides),
     }  # fmt: skip
 
 
@@ -159,29 +206,46 @@ def _group(
     }  # fmt: skip
     if key[1] != WITHIN and level:
         for name in (MODEL, SOURCE):
-            within = Score(
+            source = Score(
                 float(np.mean([of[name].value for of in level])),
                 np.mean([of[name].replicates for of in level], axis=0), level[0][name].each,
             )  # fmt: skip
-            entry.setdefault("ratio_to_within", {})[name] = ratio(scores[name], within)
+            entry.setdefault("ratio_to_within", {})[name] = ratio(scores[name], source)
+    if TRAINED in scores:
+        of_target = ratio(scores[MODEL], scores[TRAINED], paired=True)
+        entry |= {"ratio_to_trained_on_target": of_target, "verdict": verdict(of_target)}
     return entry
+
+
+def _rival_columns(entry: dict[str, Any]) -> list[object]:
+    """What a row tells of the second model."""
+    scores, found = told(entry["scores"].get(TRAINED)), told(entry.get("ratio_to_trained_on_target"))
+    return [scores, found, entry.get("verdict", "-")]
 
 
 def text(values: dict[str, Any]) -> str:
     """The table as Markdown."""
     rows: list[list[object]] = []
+    rival = values["within"]
     for entry in values["groups"]:
         of = entry.get("ratio_to_within", {})
-        ratios = [
-            told(of.get(name)) for name in (MODEL, SOURCE)
-        ]  # fmt: skip
+        ratios = [told(of.get(name)) for name in (MODEL, SOURCE)]
         scores = [told(entry["scores"].get(name)) for name in (MODEL, SOURCE, TARGET)]
         size = f"{entry['sections']} of {entry['donors']} donors"
-        rows.append([entry["platform"], entry["relation"], size, *scores, *ratios])
+        more = _rival_columns(entry) if rival else []
+        rows.append([entry["platform"], entry["relation"], size, *scores, *ratios, *more])
     about = (
         f"The model was trained on {', '.join(values['trained_on'])}. Counts are thinned to a median depth of\n"
         f"{values['median_depth']:.0f} over the shared genes; {values['genes']} genes of rule var, target lognorm.\n"
         "The ratio to *within* sets two platforms with other ceilings beside each other; it is no verdict."
     )
+    if rival:
+        about += (
+            f"\n\nThe second model was trained on {', '.join(rival['trained_on'])}, {rival['sections']} sections of "
+            f"{rival['donors']} donors,\nnone of which is tested here. Ratio: transfer / trained on the target, paired "
+            f"over sections, genes and blocks;\nconsistent where its lower bound is at least {CONSISTENT}. It says "
+            "nothing where the second model is weak itself:\nhold it against the ridge of the target platform."
+        )
     head = ["platform", "relation", "sections", MODEL, SOURCE, TARGET, "model: ratio to within", "ridge: ratio"]
+    head += [TRAINED, "model: ratio to it", "verdict"] if rival else []
     return "\n\n".join([about, table(head, rows)])

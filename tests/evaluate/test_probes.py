@@ -1,6 +1,7 @@
 """Probes: a section's stain is found, also in blocks that were not seen; without one there is chance."""
 
 import numpy as np
+import pytest
 
 from storm.evaluate import probes, statistics
 from tests.evaluate import cohorts
@@ -58,3 +59,19 @@ def test_one_section_per_donor_leaves_the_donors() -> None:
     sections = made()
     assert set(probes.tasks([sections[0], sections[2]])) == {"donor"}
     assert probes.tasks(sections[:1]) == {} and set(probes.tasks(sections[:2])) == {"section within donor"}
+
+
+@pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
+def test_the_regression_converges_on_components_of_very_different_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One direction moves every feature, the labels lie in small ones: one common scale takes twice as many."""
+    sections, rng = made(), np.random.default_rng(3)
+    level = 0.3 * rng.normal(size=(4, 60))
+    features = [(rng.normal(size=(196, 60)) + own) * np.logspace(0, -3, 60) for own in level]
+    features = [x + 3 * rng.normal(size=(196, 1)) for x in features]
+    monkeypatch.setattr(probes, "_ITERATIONS", 45)
+    found = probes.leakage(features, sections, 0)
+    assert found["section within donor"]["low"] > 0.6 and found["donor"]["low"] > 0.6
+
+
+def test_a_scale_per_component_leaves_what_is_rounding_small() -> None:
+    np.testing.assert_allclose(probes.unit_scale(np.array([[0, 0.0], [2, 1e-14]])), [1, 1e-3])

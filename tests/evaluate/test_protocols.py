@@ -1,12 +1,13 @@
 """All protocols on the synthetic tissue with an untrained model: they run, say what they are, and claim nothing."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 
 from storm import cli, export, files
-from storm.evaluate import expression, protocols, transfer
+from storm.evaluate import expression, protocols, transfer, uncertainty, within
 from tests import untrained
 
 
@@ -22,6 +23,7 @@ def values(tiny_store: Path, tiny_shards: Path, synthetic_tiny: Path, tmp_path_f
     assert cli.main(["evaluate", *words, "--protocols", names]) == 0
     return {
         "model": folder / "model",
+        "store": tiny_store,
         "text": (folder / "report" / "report.md").read_text(),
         **files.read_json(folder / "report/evaluation.json"),
     }
@@ -62,6 +64,36 @@ def test_an_untrained_model_is_beaten(values: dict) -> None:
     assert set(levels) == {"colour", "image features", "embedding, H&E only", "embedding, H&E and counts"}
 
 
+def test_uncertainty_says_who_calibrates_and_claims_nothing_of_few(values: dict) -> None:
+    found = values["protocols"]["uncertainty"]
+    assert found["val"] == {"sections": 0, "donors": 0, "left_out": 0} and len(found["bins"]) == 5
+    for donor in found["donors"]:
+        assert donor["calibrated_by"] == "other test donors" and donor["guarantee"] is False
+        noise = donor["methods"]["negative binomial"]
+        assert 0 <= noise["covered"] <= 1 and 0.9 <= noise["promised"] <= 1
+    assert "No guarantee" in values["text"]
+
+
+def test_validation_sections_calibrate_where_there_are_any(
+    values: dict, tiny_store: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """A training section taken for one of a validation donor: it is read over the cohort's genes, or left out."""
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    manifest = files.read_json(shards / "manifest.json")
+    platform = {e["platform"] for e in manifest["slides"].values() if e["split"] == "test"}
+    name = next(n for n, e in manifest["slides"].items() if e["split"] == "train" and e["platform"] in platform)
+    manifest["slides"][name]["split"] = "val"
+    files.write_json(shards / "manifest.json", manifest)
+    pretrained = export.load(values["model"])
+    cohort = expression.with_val(expression.open_cohort(pretrained, tiny_store, shards), tiny_store, shards)
+    assert [s.slide_id for s in cohort.val] == [name] and cohort.val_left_out == 0
+    (donor,) = uncertainty.evaluate(pretrained, cohort)["donors"]
+    assert (donor["calibrated_by"], donor["calibrators"], donor["guarantee"]) == ("val donors", 1, False)
+    assert 0 <= donor["methods"]["split-conformal"]["covered"] <= 1
+    lacking = dataclasses.replace(cohort, gene_ids=[*cohort.gene_ids, "ENSG1"])
+    assert expression.with_val(lacking, tiny_store, shards).val_left_out == 1
+
+
 def test_transfer_reads_real_stores(values: dict, tiny_store: Path, tiny_shards: Path) -> None:
     """The same model, taken for one that was trained on legacy ST alone: the Visium donor is a new one."""
     pretrained = export.load(values["model"])
@@ -73,6 +105,34 @@ def test_transfer_reads_real_stores(values: dict, tiny_store: Path, tiny_shards:
     assert set(group["scores"]) == {transfer.MODEL, transfer.SOURCE, transfer.TARGET}
     assert "ratio_to_within" not in group and found["trained_on"] == ["st"]
     assert group["scores"][transfer.SOURCE]["value"] > 0 and "new donor" in transfer.text(found)
+
+
+def test_a_second_model_is_known_by_its_shards(
+    values: dict, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its shard set names the donors of its training, the export does not."""
+    manifest = files.read_json(tiny_shards / "manifest.json")
+    trained = manifest["splits"]["train"]["slides"]
+    model = values["model"]
+    found = within.open_within(model, [tiny_shards], symmetries=2)
+    assert found.slides == set(trained) and found.pretrained.symmetries == 2
+    assert found.donors == {(e["study"], e["donor"]) for n, e in manifest["slides"].items() if n in trained}
+    checkpoint = untrained.shards_checkpoint(tiny_shards, tmp_path / "run")
+    reference = files.read_json(checkpoint / "reference.json")
+    files.write_json(checkpoint / "reference.json", reference | {"platforms": {"st": {"slides": 7, "profiles": 1}}})
+    (checkpoint / "COMPLETE").unlink()
+    untrained.seal(checkpoint)
+    with pytest.raises(ValueError, match="not split train of its shards"):
+        within.open_within(export.export(checkpoint, tmp_path / "model"), [tiny_shards])
+    other = tmp_path / "other"
+    shutil.copytree(tiny_shards, other)
+    files.write_json(other / "manifest.json", manifest | {"seed": 99})
+    with pytest.raises(ValueError, match=r"was trained on other shards than .*other; name its own by --within-shards"):
+        within.open_within(model, [other])
+    words = ["--model", str(model), "--store", str(values["store"]), "--shards", str(tiny_shards)]
+    words += ["--out", str(tmp_path / "report"), "--within", str(model)]
+    assert cli.main(["evaluate", *words]) == 2 and "goes with the protocol transfer" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
 
 
 def test_names_that_are_no_protocol_are_refused() -> None:

@@ -1,15 +1,17 @@
 """Transfer: who is compared with whom, equal depth, ratios that are known."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from storm.evaluate import transfer
+from storm.evaluate import expression, targets, transfer
 from storm.evaluate.expression import Cohort, Score
 from storm.evaluate.sections import Section
+from storm.evaluate.within import Within
 from tests.evaluate import cohorts
 
 
@@ -65,16 +67,79 @@ def test_a_ratio_has_an_interval_where_what_it_stands_on_is_above_0() -> None:
     assert transfer.ratio(scored(0.1, 0.01), scored(0.01, 0.02)) is None
 
 
+def test_a_paired_ratio_draws_the_same_blocks_on_both_sides(cohort: Cohort) -> None:
+    """What both models are shown differs little, so they rise and fall together from block to block."""
+    rng = np.random.default_rng(1)
+    test = cohort.test[2:]
+    measured = [s.counts.toarray() for s in test]
+    better, worse = (
+        expression.score([[m + sd * m.std(0) * rng.normal(size=m.shape) for m in measured]], measured, test, 0)
+        for sd in (2.0, 2.2)
+    )
+    same = transfer.ratio(better, better, paired=True)
+    assert same == {"value": 1.0, "low": 1.0, "high": 1.0} and transfer.verdict(same) == "consistent"
+    found = transfer.ratio(worse, better, paired=True)
+    assert found and found["value"] == pytest.approx(worse.value / better.value)
+    by_hand = np.percentile([a / b for a, b in zip(worse.replicates, better.replicates, strict=True)], [2.5, 97.5])
+    assert [found["low"], found["high"]] == pytest.approx(by_hand.tolist())
+
+
+@pytest.mark.parametrize(("low", "told"), [(0.8, "consistent"), (0.79, "not shown to be consistent")])
+def test_the_verdict_is_of_the_lower_bound(low: float, told: str) -> None:
+    assert transfer.verdict({"value": 0.95, "low": low, "high": 1.1}) == told
+    assert transfer.verdict(None) == "not shown to be consistent"
+
+
+def rival(cohort: Cohort, platforms: tuple[str, ...] = ("xenium",), donors: tuple[str, ...] = ("d", "e")) -> Within:
+    """A second model: what it was trained on, without weights."""
+    genes: Any = SimpleNamespace(index={name: i for i, name in enumerate(cohort.gene_ids)})
+    pretrained: Any = SimpleNamespace(
+        data={"platforms": {name: {} for name in platforms}, "shards_hash": "abc"}, genes=genes, hash="def",
+        panel=np.ones(len(cohort.gene_ids), bool), code_version="0",
+    )  # fmt: skip
+    slides = frozenset(f"{donor}_x" for donor in donors)
+    return Within(pretrained, Path("second"), frozenset(("study", donor) for donor in donors), slides)
+
+
+def test_a_second_model_that_is_no_yardstick_is_refused(cohort: Cohort) -> None:
+    first: Any = SimpleNamespace(data={"platforms": {"visium": {}}})
+    good = rival(cohort)
+    transfer.check(first, cohort, good)
+    with pytest.raises(ValueError, match="second: was trained on st, not on the target platform xenium; give"):
+        transfer.check(first, cohort, rival(cohort, ("st",)))
+    with pytest.raises(ValueError, match=r"hold the donors of 1 of 2 sections of xenium .*without these donors .*c_x"):
+        transfer.check(first, cohort, rival(cohort, donors=("c", "d")))
+    with pytest.raises(ValueError, match=r"hold the donors of 1 of 2 .*b_x"):  # the section under another donor's name
+        transfer.check(first, cohort, dataclasses.replace(good, slides=frozenset({"b_x"})))
+    short: Any = SimpleNamespace(**{**vars(good.pretrained), "panel": np.arange(len(cohort.gene_ids)) > 1})
+    with pytest.raises(ValueError, match=r"lacks 2 of 12 shared genes \(as g0\); train both models"):
+        transfer.check(first, cohort, dataclasses.replace(good, pretrained=short))
+    transfer.check(first, cohort, rival(cohort, donors=("a",)))  # donor a is tested nowhere
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, worse: float = 0.0) -> None:
+    """Models are stood in for by what they should have said, since only stores with pixels hold a real one.
+
+    The first one's answers are `worse` by noise of so many sd; the second has a hash.
+    """
+
+    def model(pretrained: Any, cohort: Cohort, test: list[Section], columns: Any, seed: int) -> Score:
+        rng, first = np.random.default_rng(5), not hasattr(pretrained, "hash")
+        measured = [targets.lognorm(s.counts[:, columns], s.depth) for s in test]
+        noise = [m.std(0) * rng.normal(size=m.shape) for m in measured]
+        told = [m + (1 + worse * first) * n for m, n in zip(measured, noise, strict=True)]
+        return expression.score([told], measured, test, seed)
+
+    monkeypatch.setattr(transfer, "_colour", lambda cohort, section, side_um: section.colour)
+    monkeypatch.setattr(transfer, "_footprints", lambda cohort, section: np.full(len(section.rows), 55.0))
+    monkeypatch.setattr(transfer, "_model", model)
+    monkeypatch.setattr(transfer, "provenance", lambda *args: {"protocol": transfer.PROTOCOL})
+
+
 def test_the_table_holds_both_relations_the_ridges_and_the_reasons(
     cohort: Cohort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model is stood in for by what it should have said, since only stores with pixels hold a real one."""
-    monkeypatch.setattr(transfer, "_colour", lambda cohort, section, side_um: section.colour)
-    monkeypatch.setattr(transfer, "_footprints", lambda cohort, section: np.full(len(section.rows), 55.0))
-    monkeypatch.setattr(
-        transfer, "_model", lambda p, c, test, columns, seed: transfer._ridge(c, test, test, columns, 0)
-    )
-    monkeypatch.setattr(transfer, "provenance", lambda *args: {"protocol": transfer.PROTOCOL})
+    stand_in(monkeypatch)
     found = transfer.evaluate(SimpleNamespace(data={"platforms": {"visium": {}}}), cohort, 0)  # type: ignore[arg-type]
     by_key = {(g["platform"], g["relation"]): g for g in found["groups"]}
     assert set(by_key) == {("visium", "within"), ("xenium", "technical"), ("xenium", "new donor")}
@@ -85,3 +150,20 @@ def test_the_table_holds_both_relations_the_ridges_and_the_reasons(
     assert "technical" in transfer.text(found) and "| -" in transfer.text(found)
     trained = SimpleNamespace(data={"platforms": {"visium": {}, "xenium": {}}})
     assert "trained on" in transfer.evaluate(trained, cohort, 0)["skipped"]  # type: ignore[arg-type]
+
+
+def test_a_second_model_gives_each_relation_its_verdict(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
+    first: Any = SimpleNamespace(data={"platforms": {"visium": {}}})
+    for worse, told in ((0.0, "consistent"), (2.0, "not shown to be consistent")):
+        stand_in(monkeypatch, worse)
+        found = transfer.evaluate(first, cohort, 0, rival(cohort))
+        by_relation = {g["relation"]: g for g in found["groups"]}
+        for relation in ("technical", "new donor"):
+            group = by_relation[relation]
+            assert group["verdict"] == told and (group["ratio_to_trained_on_target"]["value"] == 1) == (not worse)
+            assert set(group["scores"]) == {transfer.MODEL, transfer.SOURCE, transfer.TARGET, transfer.TRAINED}
+        assert "verdict" not in by_relation["within"] and transfer.TRAINED not in by_relation["within"]["scores"]
+        assert found["within"]["trained_on"] == ["xenium"] and found["within"]["donors"] == 2
+        assert f"| {told} |" in transfer.text(found) and "trained on xenium, 2 sections" in transfer.text(found)
+    alone = transfer.evaluate(first, cohort, 0)
+    assert alone["within"] is None and "verdict |" not in transfer.text(alone)
