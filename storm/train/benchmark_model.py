@@ -132,7 +132,7 @@ def timm_models(model: ModelConfig, vit: str = VIT) -> dict[str, torch.nn.Module
     """timm's plain `vit`, and timm's transformer of our own block and size: SwiGLU, RMSNorm, also on queries and keys,
     rotary places, no biases."""
     import timm
-    from timm.layers import RmsNorm
+    from timm.layers.norm import RmsNorm
     from timm.models.eva import Eva
 
     same = Eva(

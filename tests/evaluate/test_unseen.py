@@ -36,7 +36,7 @@ def test_a_gene_that_is_described_is_scored(pretrained: export.Pretrained, tmp_p
     )
     np.savez(tmp_path / "table.npz", gene_id=np.array(table.ids), descriptor=table.values)
     known = protocols.Known(descriptors=tmp_path / "table.npz")
-    found = protocols.run(pretrained, cohort, 0, known, "unseen")
+    found = protocols.run(pretrained, cohort, 0, known, None, "unseen")
     assert found["genes"] == 1 and set(found["by_gene"]) == {NOVEL} and len(found["model_hash"]) == 64
     own = found["scores"][unseen.MODEL]
     assert own["low"] <= own["value"] <= own["high"] and abs(own["value"]) < 0.3  # the counts are noise
