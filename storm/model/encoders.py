@@ -23,6 +23,7 @@ from storm.model import lora, weights
 from storm.model.morphology import PIXEL_MEAN, PIXEL_SD, TileEncoder
 from storm.presets import TIMM, ModelConfig
 
+_AT_ONCE = 8  # tiles on a CPU without gradients: of more, what lies between two layers leaves the caches
 INSTALL = "python -m pip install 'storm-tissue[timm]'"
 # Options of timm.create_model that shape a model. None of those that fetch or read anything is among them.
 OPTIONS = (
@@ -243,9 +244,15 @@ class TimmEncoder(nn.Module):
     def forward(self, tiles: Tensor, tile_weight_T: Tensor) -> tuple[Tensor, Tensor]:
         """Feature map [T, P, D] and summary [T, D] of uint8 tiles [T, px, px, 3]; zero where the weight is zero."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_as != "frozen"):
-            map_TPD = feature_map(self.model, self._pixels(tiles))
+            map_TPD = self._map(tiles)
         map_TPD = map_TPD * tile_weight_T[:, None, None]
         return map_TPD, map_TPD.mean(1)
+
+    def _map(self, tiles: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or tiles.device.type != "cpu":
+            return feature_map(self.model, self._pixels(tiles))
+        parts = [feature_map(self.model, self._pixels(some)) for some in tiles.split(_AT_ONCE)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def similarity(self, tiles: Tensor, summary_TD: Tensor) -> Tensor:
         """[T] cosine of summaries to those of the weights that were loaded."""
