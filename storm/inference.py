@@ -28,6 +28,7 @@ from storm.model.storm import Storm
 from storm.prediction import Prediction
 from storm.regions import Region
 from storm.store import SlideStore
+from storm.tile_maps import TileMaps
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -239,6 +240,7 @@ def _forward(
     another; unseen genes come after the others."""
     spec = spec_of(pretrained.config, {_PANEL: slide.panel}, np.asarray(pretrained.genes.share), pretrained.panel)
     model = pretrained.model.to(device)
+    maps = TileMaps(model, device)
     asks = list(_asks(pretrained, slide, rows, shown.visible))
     for start in range(0, len(asks), _REGIONS):
         some = asks[start : start + _REGIONS]
@@ -248,7 +250,7 @@ def _forward(
         for flip, turns in SYMMETRIES[: pretrained.symmetries]:
             batch = collate(groups, [replace(view, flip=flip, turns=turns) for view in views], spec, genes)
             with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                found.append(_outputs(model, {name: tensor.to(device) for name, tensor in batch.items()}, unseen))
+                found.append(_outputs(model, maps(batch), unseen))
         outputs = {name: _mean(name, [outputs[name] for outputs in found]) for name in names if name in found[0]}
         for i, ask in enumerate(some):
             at = torch.from_numpy(np.flatnonzero(ask.wanted)).to(device)

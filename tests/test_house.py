@@ -27,6 +27,7 @@ LAYERS = {
     **{f"storm.{name}": name for name in ABOVE},
     "storm.card": "export",  # the card that an export carries
     "storm.prediction": "inference",
+    "storm.tile_maps": "inference",
     "data_prep": "data_prep",
     "launch": "launch",
 }

@@ -171,7 +171,10 @@ class Storm(nn.Module):
         """
         if "tile_feature" in batch:
             return batch["profile_feature"], batch["profile_valid"], batch["tile_feature"]
-        map_TPD, summary_TD = self.morphology(batch["tiles"], batch["tile_weight"])
+        if "tile_map" in batch:  # known already, see storm.tile_maps
+            map_TPD, summary_TD = batch["tile_map"], batch["tile_map"].mean(1)
+        else:
+            map_TPD, summary_TD = self.morphology(batch["tiles"], batch["tile_weight"])
         feature_RN2D, valid_RN2 = self.footprint(map_TPD, batch)
         return self.standard(feature_RN2D), valid_RN2, self.standard(summary_TD)
 
