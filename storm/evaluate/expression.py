@@ -226,9 +226,10 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str,
     asked = np.unique(np.concatenate(list(rules.values())))  # one forward pass serves both rules
     predicted = model_predictions(pretrained, cohort, [cohort.gene_ids[i] for i in asked])
     seen = see(pretrained, cohort)
-    roles = {MODEL: "model", PROBE: "baseline"} | {method.name: method.role for method in METHODS}
+    roles = {MODEL: "model", PROBE: "reading"} | {method.name: method.role for method in METHODS}
     scores: dict[str, dict[str, Any]] = {}
     versus: dict[str, dict[str, Any]] = {}
+    own: dict[str, dict[str, Any]] = {}  # against a ridge on the model's own embedding
     for name, rule in targets.COLUMNS:
         column = f"{name}/{rule}"
         found = baseline_scores(cohort, name, rules[rule], seed, seen)
@@ -238,13 +239,15 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str,
         for method, entry in [(MODEL, model), *found.items()]:
             scores.setdefault(method, {})[column] = entry.json()
         best = max((method for method in found if roles[method] == "baseline"), key=lambda m: found[m].value)
-        versus[column] = {"baseline": best, **model.minus(found[best]).json()}
+        for told, other in ((versus, best), (own, PROBE)):
+            told[column] = {"baseline": other, **model.minus(found[other]).json()}
     return {
         **provenance(pretrained, cohort, seed),
         "columns": [f"{name}/{rule}" for name, rule in targets.COLUMNS],
         "genes": {rule: len(genes) for rule, genes in rules.items()},
         "methods": [{"name": name, "role": roles[name], "scores": values} for name, values in scores.items()],
         "versus_best_baseline": versus,
+        "versus_own_embedding": own,
     }
 
 

@@ -260,16 +260,16 @@ def class_rows(classes: dict[str, Any]) -> str:
 
 
 def _versus(values: dict[str, Any]) -> str:
-    """One line per column: the model against the best baseline, in words that an interval allows."""
+    """One line per column: the model against the best baseline, and against a ridge on its own embedding (how well its
+    heads read what it knows), in words that an interval allows."""
     lines = []
-    for column, entry in values["versus_best_baseline"].items():
-        verdict = (
-            "is better than" if entry["low"] > 0 else "is worse than" if entry["high"] < 0 else "is not told apart from"
-        )
-        lines.append(
-            f"* {column}: the model {verdict} the best baseline, {entry['baseline']}: "
-            f"{entry['value']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}] (paired)."
-        )
+    for role, versus in (("the best baseline, ", "versus_best_baseline"), ("", "versus_own_embedding")):
+        for column, entry in values[versus].items():
+            below = "is worse than" if entry["high"] < 0 else "is not told apart from"
+            lines.append(
+                f"* {column}: the model {'is better than' if entry['low'] > 0 else below} {role}{entry['baseline']}: "
+                f"{entry['value']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}] (paired)."
+            )
     return "\n".join(lines)
 
 
