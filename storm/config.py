@@ -301,12 +301,20 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML ({error})") from None
+        values = _parse(path.read_bytes().decode())
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as YAML ({error}); write it as in configs/") from None
     if values is not None and not isinstance(values, dict):
         raise ValueError(f"{path}: a config is a mapping of keys, this file holds a {type(values).__name__}")
     return values or {}
+
+
+def _parse(text: str) -> Any:
+    """The value that YAML tells. Raises ValueError where it tells none."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:  # the latter: of a thousand brackets
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _override(values: dict[str, Any], word: str) -> None:
@@ -318,7 +326,10 @@ def _override(values: dict[str, Any], word: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"override {word!r}: {section!r} is no section")
-    values[last] = yaml.load(text, Loader=_Loader)
+    try:
+        values[last] = _parse(text)
+    except ValueError as error:
+        raise ValueError(f"override {word!r}: the value is not readable as YAML ({error}); quote it") from None
 
 
 def _keys(kind: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:

@@ -31,6 +31,8 @@ OPTIONS = (
     "init_values", "reg_tokens", "no_embed_class", "class_token", "dynamic_img_size", "qkv_bias", "qk_norm",
     "proj_bias", "pos_embed", "global_pool", "window_size", "dims", "drop_path_rate",
 )  # fmt: skip
+# What timm meets where an option is of another type or size than it thought of.
+_UNBUILT = (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, LookupError)
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,11 @@ def create(config: ModelConfig) -> nn.Module:
             if key in options:
                 options[key] = getattr(home, str(options[key]))
         model: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"model.encoder={config.encoder}: timm does not build it with {options}: {error}") from None
+    except _UNBUILT as error:
+        fact = str(error) or type(error).__name__
+        raise ValueError(
+            f"model.encoder={config.encoder}: timm does not build it with {options} ({fact}); see model.encoder_options"
+        ) from None
     model.forward = (
         model.forward_features
     )  # so that a call runs the hooks by which ZeRO 3 gathers class token and places
@@ -117,7 +122,7 @@ def _facts(encoder: str, options: str, tile_px: int) -> Facts:
     try:
         with torch.no_grad(), counter:
             found = feature_map(model, pixels)
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except _UNBUILT as error:
         cure = f"set model.encoder_options={{img_size: {tile_px}}} where it has that option"
         raise ValueError(f"model.encoder={encoder}: does not read tiles of {tile_px} px ({error}); {cure}") from None
     side = round(found.shape[1] ** 0.5)
