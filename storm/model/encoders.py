@@ -24,6 +24,7 @@ from storm.model.morphology import PIXEL_MEAN, PIXEL_SD, TileEncoder
 from storm.presets import TIMM, ModelConfig
 
 _AT_ONCE = 8  # tiles on a CPU without gradients: of more, what lies between two layers leaves the caches
+_MOST_BLOCKS = 512  # each takes time and memory to build, also where it has no weights; an export's config is foreign
 INSTALL = "python -m pip install 'storm-tissue[timm]'"
 # Options of timm.create_model that shape a model. None of those that fetch or read anything is among them.
 OPTIONS = (
@@ -64,6 +65,10 @@ def create(config: ModelConfig) -> nn.Module:
     if unknown := sorted(set(config.encoder_options) - set(OPTIONS)):
         raise ValueError(f"model.encoder_options: {unknown[0]!r} is none of {', '.join(OPTIONS)}")
     options = dict(config.encoder_options)
+    if _blocks(options) > _MOST_BLOCKS:
+        raise ValueError(
+            f"model.encoder_options: {_blocks(options)} blocks; depth or depths are {_MOST_BLOCKS} at most"
+        )
     layers = {"mlp_layer": timm.layers, "act_layer": nn}
     try:
         for key, home in layers.items():
@@ -79,6 +84,12 @@ def create(config: ModelConfig) -> nn.Module:
         model.forward_features
     )  # so that a call runs the hooks by which ZeRO 3 gathers class token and places
     return model  # type: ignore[no-any-return]
+
+
+def _blocks(options: dict[str, Any]) -> int:
+    """How many blocks the options ask for; what is no number is left to timm."""
+    told = [options.get("depth", 0), *(of if isinstance(of := options.get("depths", ()), list | tuple) else ())]
+    return sum(n for n in told if isinstance(n, int))
 
 
 def feature_map(model: nn.Module, pixels: Tensor) -> Tensor:
