@@ -146,6 +146,12 @@ class MaskConfig(Section):
     def _expand_preset(cls, values: Any) -> Any:
         return _STPATH | values if isinstance(values, dict) and values.get("preset") == "stpath" else values
 
+    @model_validator(mode="after")
+    def _shows_something(self) -> Self:
+        if not any(getattr(self, mode) for mode in MASK_MODES):
+            raise ValueError(f"the shares of {', '.join(MASK_MODES)} are all 0; give one a positive share")
+        return self
+
 
 class OptimConfig(Section):
     """AdamW with warm-up and cosine."""
@@ -175,6 +181,12 @@ class LossConfig(Section):
         default="group",
         description="negatives: of the group; or of the micro-batch, which hangs on how ranks split the global batch",
     )
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if not any((self.expr, self.depth, self.image, self.corr, self.spatial, self.align, self.anchor)):
+            raise ValueError("the weights of all terms are 0: nothing would be learned; give one a positive weight")
+        return self
 
 
 class EngineConfig(Section):

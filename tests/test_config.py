@@ -46,6 +46,8 @@ def test_numbers_out_of_range_are_named_by_key(word: str) -> None:
         ("loss.align_over=rank", "'group' or 'batch'"),
         ("loss.corr_from=1.5", "less than or equal to 1"),
         ("mask.feature_dropout=0.5", r"acts on cached features; set data\.features=auto"),
+        ("loss={expr: 0, depth: 0, image: 0, corr: 0, spatial: 0, align: 0, anchor: 0}", "nothing would be learned"),
+        ("mask={image_only: 0, in_context: 0, gene_level: 0, gene_only: 0}", "are all 0; give one a positive share"),
         ("model.preset=[tiny]", r"model\.preset=\['tiny'\] is unknown"),
         ("model={1: 2}", r"model\.1 is no key"),
         ("model.pixel_mean=[a, 0.5, 0.5]", r"model\.pixel_mean=\['a', 0\.5, 0\.5\] should hold numbers alone"),
