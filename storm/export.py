@@ -149,6 +149,9 @@ def _build(config: dict[str, Any], n_genes: int, weights: dict[str, torch.Tensor
     except RuntimeError as error:
         fact = str(error).splitlines()[1].strip()
         raise ValueError(f"{source}: weights of another model ({fact}); {cure}") from None
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: {name} holds what is no number; export another checkpoint")
     return model.eval().requires_grad_(False)
 
 

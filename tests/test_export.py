@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from storm import checkpoints, export, files
 from tests import untrained
@@ -171,6 +172,14 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors: weights of another model"):
         export.export(checkpoint, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(exported: Path) -> None:
+    weights = load_file(exported / "model.safetensors")
+    weights["tile.bias"][3] = float("nan")
+    save_file(weights, exported / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: tile\.bias holds what is no number"):
+        export.load(_changed(exported, "step", 1))
 
 
 def test_a_damaged_checkpoint_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

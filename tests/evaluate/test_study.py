@@ -102,7 +102,8 @@ def test_a_plan_at_fault_is_refused(tmp_path: Path, arm: dict, fault: str) -> No
 
 def test_what_is_no_result_is_named(plan: Path, tmp_path: Path) -> None:
     wanted = study.runs(plan, study.read_plan(plan), shards(tmp_path), tmp_path)
-    for value in ([], {}):
+    values: list[object] = [[], {}]
+    for value in values:
         files.write_json(study.result_path(tmp_path, wanted[1]), value)
         with pytest.raises(ValueError, match=rf"{wanted[1].name}\.json: is no result of a run; remove it"):
             study.results(tmp_path, wanted)
