@@ -146,6 +146,12 @@ class MaskConfig(Section):
     def _expand_preset(cls, values: Any) -> Any:
         return _STPATH | values if isinstance(values, dict) and values.get("preset") == "stpath" else values
 
+    @model_validator(mode="after")
+    def _shows_something(self) -> Self:
+        if not any(getattr(self, mode) for mode in MASK_MODES):
+            raise ValueError(f"the shares of {', '.join(MASK_MODES)} are all 0; give one a positive share")
+        return self
+
 
 class OptimConfig(Section):
     """AdamW with warm-up and cosine."""
@@ -175,6 +181,12 @@ class LossConfig(Section):
         default="group",
         description="negatives: of the group; or of the micro-batch, which hangs on how ranks split the global batch",
     )
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if not any((self.expr, self.depth, self.image, self.corr, self.spatial, self.align, self.anchor)):
+            raise ValueError("the weights of all terms are 0: nothing would be learned; give one a positive weight")
+        return self
 
 
 class EngineConfig(Section):
@@ -301,12 +313,20 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML ({error})") from None
+        values = _parse(path.read_bytes().decode())
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as YAML ({error}); write it as in configs/") from None
     if values is not None and not isinstance(values, dict):
         raise ValueError(f"{path}: a config is a mapping of keys, this file holds a {type(values).__name__}")
     return values or {}
+
+
+def _parse(text: str) -> Any:
+    """The value that YAML tells. Raises ValueError where it tells none."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:  # the latter: of a thousand brackets
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _override(values: dict[str, Any], word: str) -> None:
@@ -318,7 +338,10 @@ def _override(values: dict[str, Any], word: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"override {word!r}: {section!r} is no section")
-    values[last] = yaml.load(text, Loader=_Loader)
+    try:
+        values[last] = _parse(text)
+    except ValueError as error:
+        raise ValueError(f"override {word!r}: the value is not readable as YAML ({error}); quote it") from None
 
 
 def _keys(kind: type[BaseModel], place: tuple[str | int, ...]) -> list[str]:

@@ -12,7 +12,6 @@ In: a complete checkpoint. Out: a folder of plain files, complete or absent:
 DeepSpeed's files are never read. `load` needs torch, safetensors and numpy alone.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,9 @@ _READ = ["model.safetensors", "model.json", "genes.tsv", "reference.json", "conf
 _IDENTITY = (CONFIG, PREPROCESSOR, GENES, WEIGHTS)  # what a prediction depends on
 _ANCHOR = "morphology.anchor."  # the frozen copy that the term anchor compares with: of training alone
 _LARGEST_TILE_PX = 4096  # no weight has this size, but the patches of a tile are held in memory
-# What config.json must hold for a prediction; float: finite, or a whole number.
+_LARGEST_SIDE = 1000  # spots of a region; likewise
+_LARGEST = 1e9  # a number that a prediction is made with
+# What config.json must hold for a prediction; float: a number within _LARGEST, or a whole one.
 _FIELDS: dict[str, type] = {
     "model": dict, "n_genes": int, "code_version": str, "reference.slide_log_density": float,
     "reference.platform": str, "reference.panel": str, "reference.footprint_um": float, "reference.footprint_kind": int,
@@ -148,6 +149,9 @@ def _build(config: dict[str, Any], n_genes: int, weights: dict[str, torch.Tensor
     except RuntimeError as error:
         fact = str(error).splitlines()[1].strip()
         raise ValueError(f"{source}: weights of another model ({fact}); {cure}") from None
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: {name} holds what is no number; export another checkpoint")
     return model.eval().requires_grad_(False)
 
 
@@ -161,6 +165,7 @@ def _least(sizes: ModelConfig, n_genes: int) -> int:
     return max(
         sizes.image_depth * sizes.image_width**2 if own else encoders.parameters(sizes),
         sizes.fusion_depth * sizes.fusion_width**2, sizes.space_depth * sizes.space_width**2, _token_weights(sizes),
+        sizes.space_width * sizes.fusion_width, sizes.align_width * sizes.fusion_width,
         3 * sizes.patch_px**2 * sizes.image_width if own else 0,
         n_genes * (sizes.gene_width + sizes.descriptor_width), sizes.registers * sizes.space_width,
     )  # fmt: skip
@@ -172,7 +177,7 @@ def _check(config: dict[str, Any], genes: GeneTable, path: Path) -> None:
         value: Any = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        number = type(value) is int or (type(value) is float and math.isfinite(value))  # a bool is none
+        number = type(value) in (int, float) and -_LARGEST <= value <= _LARGEST  # a bool is none, and no NaN
         if not (number if kind is float else type(value) is kind):
             raise ValueError(f"{path}: {key} is {value!r}, not of type {kind.__name__}; export the checkpoint again")
     reference, data = config["reference"], config["data"]
@@ -182,13 +187,18 @@ def _check(config: dict[str, Any], genes: GeneTable, path: Path) -> None:
         f"reference.platform {reference['platform']!r} is unknown": reference["platform"] not in PLATFORMS,
         f"reference.footprint_um is {reference['footprint_um']}": reference["footprint_um"] <= 0,
         "reference.footprint_kind is neither disc nor square": reference["footprint_kind"] not in (DISC, SQUARE),
-        f"data.spots_side is {data['spots_side']}": data["spots_side"] < 1,
+        f"data.spots_side is {data['spots_side']}": not 1 <= data["spots_side"] <= _LARGEST_SIDE,
+        "data.platforms does not count slides per platform": not _counts_slides(data["platforms"]),
         f"data.split_by is {data['split_by']!r}": data["split_by"] not in ("donor", "section"),
         "reference.panel is no mask over the genes": not _is_panel(reference["panel"], len(genes)),
     }
     for fact, wrong in faults.items():
         if wrong:
             raise ValueError(f"{path}: {fact}; export the checkpoint again")
+
+
+def _counts_slides(platforms: dict[str, Any]) -> bool:
+    return all(isinstance(of, dict) and type(of.get("slides")) is int for of in platforms.values())
 
 
 def _is_panel(text: str, n_genes: int) -> bool:

@@ -284,7 +284,7 @@ def vectors(
         at = [place[int(row)] for row in done]
         for name, values in outputs.items():
             found.setdefault(name, np.zeros((len(rows), *values.shape[1:]), np.float32))[at] = values.numpy()
-    return found or {name: np.zeros((0, 0), np.float32) for name in names}
+    return found if len(rows) else {name: np.zeros((0, 0), np.float32) for name in names}
 
 
 def embed(

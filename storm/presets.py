@@ -143,6 +143,14 @@ def _types(default: Any) -> tuple[type, ...]:
     return (float, int) if isinstance(default, float) else (type(default),)
 
 
+def _tuple(key: str, value: list[Any] | tuple[Any, ...]) -> tuple[Any, ...]:
+    """The value of a key that holds several: names of organs, or numbers."""
+    types: tuple[type, ...] = (str,) if key == "organs" else (float, int)
+    if any(isinstance(one, bool) or not isinstance(one, types) for one in value):
+        raise ValueError(f"model.{key}={list(value)!r} should hold {'names' if key == 'organs' else 'numbers'} alone")
+    return tuple(value)
+
+
 def resolve_model(values: dict[str, Any]) -> ModelConfig:
     """A ModelConfig from a dict as in a YAML section or an export: an optional `preset`, then what differs.
 
@@ -151,16 +159,16 @@ def resolve_model(values: dict[str, Any]) -> ModelConfig:
     """
     values = dict(values)
     preset = values.pop("preset", "tiny")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"model.preset={preset!r} is unknown{nearest(str(preset), list(PRESETS))}")
     plain = ModelConfig()
     defaults = {f.name: getattr(plain, f.name) for f in dataclasses.fields(ModelConfig)}
     for key, value in values.items():
         if key not in defaults:
-            raise ValueError(f"model.{key} is no key{nearest(key, [*defaults, 'preset'])}")
+            raise ValueError(f"model.{key} is no key{nearest(str(key), [*defaults, 'preset'])}")
         kind = type(defaults[key])
         if kind is tuple and isinstance(value, list | tuple):
-            values[key] = tuple(value)
+            values[key] = _tuple(key, value)
         elif isinstance(value, bool) or not isinstance(value, _types(defaults[key])):
             raise ValueError(f"model.{key}={value!r} should be of type {type(defaults[key]).__name__}")
     return ModelConfig(**{**PRESETS[preset], **values})

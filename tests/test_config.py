@@ -46,6 +46,13 @@ def test_numbers_out_of_range_are_named_by_key(word: str) -> None:
         ("loss.align_over=rank", "'group' or 'batch'"),
         ("loss.corr_from=1.5", "less than or equal to 1"),
         ("mask.feature_dropout=0.5", r"acts on cached features; set data\.features=auto"),
+        ("loss={expr: 0, depth: 0, image: 0, corr: 0, spatial: 0, align: 0, anchor: 0}", "nothing would be learned"),
+        ("mask={image_only: 0, in_context: 0, gene_level: 0, gene_only: 0}", "are all 0; give one a positive share"),
+        ("model.preset=[tiny]", r"model\.preset=\['tiny'\] is unknown"),
+        ("model={1: 2}", r"model\.1 is no key"),
+        ("model.pixel_mean=[a, 0.5, 0.5]", r"model\.pixel_mean=\['a', 0\.5, 0\.5\] should hold numbers alone"),
+        ("model.organs=[[liver]]", "should hold names alone"),
+        ("model.encoder_options={img_size: 4", r"override 'model\.encoder_options=.*not readable as YAML"),
     ],
 )
 def test_faults_of_likelihood_losses_and_features(word: str, message: str) -> None:
@@ -62,6 +69,10 @@ def test_faults_of_a_file_name_it(tmp_path: Path) -> None:
         config.load(RunConfig, path, ["train.steps=4", "seed=x"])
     assert {line.split(" ")[0] for line in str(told.value).splitlines()} == {f"{path}:", "command"}
     assert "command line: train is no key (nearest: " in str(told.value)
+    for text in (b"\xff", b"seed: 2001-99-99", b"[" * 3000):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=r"c\.yaml: not readable as YAML"):
+            config.load(RunConfig, path)
     path.write_text("- 1\n")
     with pytest.raises(ValueError, match="a config is a mapping"):
         config.load(PrepConfig, path)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from storm import checkpoints, export, files
 from tests import untrained
@@ -126,12 +127,29 @@ def _changed(exported: Path, key: str, value: object) -> Path:
         ("model.space_depth", 10**12, r"another model \(model config: .* more than \d+ weights; it holds \d+\)"),
         ("model.patch_px", 10**9, r"model\.tile_px=32 is no multiple of patch_px"),
         ("model.registers", 10**12, r"model\.safetensors: weights of another model"),
+        ("model.align_width", 10**10, r"model\.safetensors: weights of another model"),
+        ("data.platforms", {"visium": 3}, r"config\.json: data\.platforms does not count slides"),
+        ("data.spots_side", 10**9, r"config\.json: data\.spots_side is 1000000000"),
+        ("reference.footprint_um", 10**400, r"config\.json: reference\.footprint_um is 1000"),
+        ("reference.slide_log_density", 1e300, r"config\.json: reference\.slide_log_density is 1e\+300"),
         ("model.tile_px", 16 * 10**9, r"another model \(model config: tiles of 16000000000 px"),
     ],
 )
 def test_a_foreign_config_is_refused_by_file_and_key(exported: Path, key: str, value: object, fact: str) -> None:
     with pytest.raises(ValueError, match=fact):
         export.load(_changed(exported, key, value))
+
+
+def test_what_has_no_depth_is_bounded_too(exported: Path) -> None:
+    _changed(exported, "model.space_depth", 0)
+    with pytest.raises(ValueError, match=r"model\.safetensors: weights of another model"):
+        export.load(_changed(exported, "model.space_width", 16 * 10**10))
+
+
+def test_an_encoder_without_end_is_not_built(exported: Path) -> None:
+    _changed(exported, "model.encoder", "timm/vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match=r"1000000000 blocks; depth or depths are 512 at most"):
+        export.load(_changed(exported, "model.encoder_options", {"img_size": 32, "depth": 10**9}))
 
 
 def test_a_config_that_is_no_object_is_refused(exported: Path) -> None:
@@ -154,6 +172,14 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors: weights of another model"):
         export.export(checkpoint, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(exported: Path) -> None:
+    weights = load_file(exported / "model.safetensors")
+    weights["tile.bias"][3] = float("nan")
+    save_file(weights, exported / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: tile\.bias holds what is no number"):
+        export.load(_changed(exported, "step", 1))
 
 
 def test_a_damaged_checkpoint_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -209,6 +209,7 @@ def test_an_answer_can_be_the_mean_over_the_symmetries(
 
 
 def test_features_are_of_the_image_encoder_alone(slide: Slide, pretrained: export.Pretrained) -> None:
+    assert not inference.vectors(pretrained, slide, ("align_image",))  # the model has none
     found = inference.vectors(pretrained, slide, ("feature",))["feature"]
     assert found.shape == (len(slide.profiles), 2, 32) and found.std(0).min() > 1e-4
     close(inference.vectors(pretrained, slide, ("feature",), use_counts=True)["feature"], found)

@@ -28,12 +28,12 @@ import numpy.typing as npt
 from storm import files
 from storm.data.view import View
 from storm.index import Index
-from storm.schema import Group
+from storm.schema import TILE_STATS, Group
 
 VERSION = 1  # of the layout, and of how maps are read
 FOLDER, MARKER, AUTO = "features", "features.json", "auto"
 _PICK, _VARY, _DROP = 3, 4, 6  # keep the generators of different purposes apart
-ARRAYS = ("profile", "valid", "tile", "stain")
+_ANEW = "python launch/features.py with the config of the run makes it anew"
 
 Floats = npt.NDArray[np.float32]
 
@@ -89,6 +89,56 @@ def _rng(key: list[int], purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key, spawn_key=(purpose,))))
 
 
+def marker(path: Path) -> tuple[Recipe, str]:
+    """What the marker of a split tells: the recipe, and the sha256 of the index of its shards.
+
+    Raises:
+        ValueError: it is missing, or no marker.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no features of split {path.parent.name!r}; python launch/features.py makes them, "
+                         f"with the config of the run and --split {path.parent.name}")  # fmt: skip
+    told = files.read_json(path)
+    try:
+        return Recipe(**told["recipe"]), str(told["index_sha256"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: is no marker of features; {_ANEW}") from None
+
+
+def layout(recipe: Recipe, index: Index) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:
+    """Name -> shape and type of each array of a split."""
+    v, profiles, tiles = recipe.variants, int(index.profiles.sum()), int(index.tiles.sum())
+    return {
+        "profile": ((v, profiles, 2, recipe.width), np.float16), "valid": ((v, profiles, 2), np.float16),
+        "tile": ((v, tiles, recipe.width), np.float16), "stain": ((tiles, len(TILE_STATS)), np.float32),
+    }  # fmt: skip
+
+
+def _load(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray:
+    """An array, mapped. Raises ValueError where it is missing, damaged, or of another shape."""
+    try:
+        found: npt.NDArray = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: is missing or damaged ({error}); {_ANEW}") from None
+    if found.shape != shape or found.dtype != dtype:
+        raise ValueError(f"{path}: holds {found.dtype} {found.shape}, not {np.dtype(dtype)} {shape}; {_ANEW}")
+    return found
+
+
+def arrays(folder: Path, recipe: Recipe, index: Index) -> dict[str, npt.NDArray]:
+    """The arrays of a split, mapped. Raises ValueError where one is missing, damaged, or of another shape."""
+    return {name: _load(folder / f"{name}.npy", *of) for name, of in layout(recipe, index).items()}
+
+
+def statistics(folder: Path, width: int) -> Floats:
+    """[2, D] mean and sd of the summaries of split train of a set. Raises ValueError where they are none."""
+    path = folder / "train" / "statistics.npy"
+    found = np.array(_load(path, (2, width), np.float32))
+    if not np.isfinite(found).all() or (found[1] <= 0).any():
+        raise ValueError(f"{path}: holds what is no mean and sd; {_ANEW}")
+    return found
+
+
 class FeatureSet:
     """The features of one split of one set, mapped. Pickled to loader processes: each maps them itself."""
 
@@ -96,25 +146,15 @@ class FeatureSet:
         """Open one.
 
         Raises:
-            ValueError: incomplete, or of other shards than these.
+            ValueError: incomplete, damaged, or of other shards than these.
         """
-        self.folder = folder / split
-        path = self.folder / MARKER
-        if not path.is_file():
-            raise ValueError(f"{path}: no features of split {split!r}; python launch/features.py makes them, with the "
-                             f"config of the run and --split {split}")  # fmt: skip
-        told = files.read_json(path)
-        if told.get("index_sha256") != index_sha256:
-            raise ValueError(
-                f"{path}: features of other shards than these (index); python launch/features.py makes them"
-            )
-        self.recipe = Recipe(**told["recipe"])
+        self.folder, self._index = folder / split, index
+        self.recipe, of = marker(self.folder / MARKER)
+        if of != index_sha256:
+            raise ValueError(f"{self.folder / MARKER}: features of other shards than these (index); {_ANEW}")
         self._profiles, self._tiles = (np.concatenate([[0], np.cumsum(n)]) for n in (index.profiles, index.tiles))
-        statistics = folder / "train" / "statistics.npy"
-        if not statistics.is_file():
-            raise ValueError(f"{statistics}: is missing; python launch/features.py makes it, with --split train")
-        self.statistics: Floats = np.load(statistics)  # [2, D]
-        self._maps: dict[str, npt.NDArray] = {}
+        self.statistics = statistics(folder, self.recipe.width)
+        self._maps = arrays(self.folder, self.recipe, index)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
@@ -122,7 +162,7 @@ class FeatureSet:
     def read(self, i: int, variant: int) -> Cached:
         """What is cached of group i of the split."""
         if not self._maps:
-            self._maps = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+            self._maps = arrays(self.folder, self.recipe, self._index)
         profiles, tiles = (slice(int(ends[i]), int(ends[i + 1])) for ends in (self._profiles, self._tiles))
         maps, (mean, sd) = self._maps, self.statistics
         return Cached(

@@ -93,8 +93,6 @@ def draw_view(group: Group, mask: MaskConfig, rng: np.random.Generator, panel: M
         panel: [G] genes that were measured.
     """
     weights = np.array([mask.image_only, mask.in_context, mask.gene_level, mask.gene_only])
-    if not weights.sum() > 0:
-        raise ValueError(f"mask: the shares of {', '.join(MASK_MODES)} are all 0; give one a positive share")
     mode = int(rng.choice(len(MASK_MODES), p=weights / weights.sum()))
     visible, query = _split_profiles(group, mode, mask.preset, rng)
     hidden_genes = _subset(panel, rng.uniform(*_HIDDEN_GENES), rng) if mode in (GENE_LEVEL, GENE_ONLY) else None

@@ -29,6 +29,7 @@ from storm.shards import MANIFEST
 
 BASE = "base"
 _KEY_DIGITS = 12
+_OWN = ("seed", "run_dir", "data.shards")  # keys that the study sets itself
 Result = dict[str, Any]
 
 
@@ -69,7 +70,7 @@ def read_plan(path: Path) -> Plan:
     """The plan in a YAML file.
 
     Raises:
-        ValueError: of its keys, two arms of one name, or an override that is no key of a run.
+        ValueError: of its keys, two arms of one name, or an override that is no key of a run, or the study's own.
     """
     plan = load(Plan, path)
     names = [arm.name for arm in plan.all_arms]
@@ -77,6 +78,10 @@ def read_plan(path: Path) -> Plan:
     if twice:
         raise ValueError(f"{path}: two arms are named {twice[0]!r}; name each arm once ({BASE!r} is the base's)")
     for arm in plan.all_arms:
+        if own := [word for word in arm.overrides if word.partition("=")[0] in _OWN]:
+            raise ValueError(
+                f"{path}: arm {arm.name}: {own[0]!r}: the study sets {', '.join(_OWN)} itself; leave it out"
+            )
         try:
             load(RunConfig, path.parent / plan.base, [*arm.overrides, "run_dir=x", "data.shards=x"])
         except ValueError as error:
@@ -122,9 +127,13 @@ def result_path(out: Path, run: Run) -> Path:
 
 
 def results(out: Path, wanted: Sequence[Run]) -> list[Result]:
-    """The results that are there, in the order of the runs."""
-    paths = [result_path(out, run) for run in wanted]
-    return [files.read_json(path) for path in paths if path.is_file()]
+    """The results that are there, in the order of the runs. Raises ValueError where one is none."""
+    paths = [path for run in wanted if (path := result_path(out, run)).is_file()]
+    found = [files.read_json(path) for path in paths]
+    for path, result in zip(paths, found, strict=True):
+        if not isinstance(result, dict) or "arm" not in result:
+            raise ValueError(f"{path}: is no result of a run; remove it, and the same command judges the run again")
+    return found
 
 
 class Judge:

@@ -24,6 +24,7 @@ from storm.model.morphology import PIXEL_MEAN, PIXEL_SD, TileEncoder
 from storm.presets import TIMM, ModelConfig
 
 _AT_ONCE = 8  # tiles on a CPU without gradients: of more, what lies between two layers leaves the caches
+_MOST_BLOCKS = 512  # each takes time and memory to build, also where it has no weights; an export's config is foreign
 INSTALL = "python -m pip install 'storm-tissue[timm]'"
 # Options of timm.create_model that shape a model. None of those that fetch or read anything is among them.
 OPTIONS = (
@@ -31,6 +32,8 @@ OPTIONS = (
     "init_values", "reg_tokens", "no_embed_class", "class_token", "dynamic_img_size", "qkv_bias", "qk_norm",
     "proj_bias", "pos_embed", "global_pool", "window_size", "dims", "drop_path_rate",
 )  # fmt: skip
+# What timm meets where an option is of another type or size than it thought of.
+_UNBUILT = (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, LookupError)
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,31 @@ def create(config: ModelConfig) -> nn.Module:
     if unknown := sorted(set(config.encoder_options) - set(OPTIONS)):
         raise ValueError(f"model.encoder_options: {unknown[0]!r} is none of {', '.join(OPTIONS)}")
     options = dict(config.encoder_options)
+    if _blocks(options) > _MOST_BLOCKS:
+        raise ValueError(
+            f"model.encoder_options: {_blocks(options)} blocks; depth or depths are {_MOST_BLOCKS} at most"
+        )
     layers = {"mlp_layer": timm.layers, "act_layer": nn}
     try:
         for key, home in layers.items():
             if key in options:
                 options[key] = getattr(home, str(options[key]))
         model: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"model.encoder={config.encoder}: timm does not build it with {options}: {error}") from None
+    except _UNBUILT as error:
+        fact = str(error) or type(error).__name__
+        raise ValueError(
+            f"model.encoder={config.encoder}: timm does not build it with {options} ({fact}); see model.encoder_options"
+        ) from None
     model.forward = (
         model.forward_features
     )  # so that a call runs the hooks by which ZeRO 3 gathers class token and places
     return model  # type: ignore[no-any-return]
+
+
+def _blocks(options: dict[str, Any]) -> int:
+    """How many blocks the options ask for; what is no number is left to timm."""
+    told = [options.get("depth", 0), *(of if isinstance(of := options.get("depths", ()), list | tuple) else ())]
+    return sum(n for n in told if isinstance(n, int))
 
 
 def feature_map(model: nn.Module, pixels: Tensor) -> Tensor:
@@ -117,7 +133,7 @@ def _facts(encoder: str, options: str, tile_px: int) -> Facts:
     try:
         with torch.no_grad(), counter:
             found = feature_map(model, pixels)
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except _UNBUILT as error:
         cure = f"set model.encoder_options={{img_size: {tile_px}}} where it has that option"
         raise ValueError(f"model.encoder={encoder}: does not read tiles of {tile_px} px ({error}); {cure}") from None
     side = round(found.shape[1] ** 0.5)

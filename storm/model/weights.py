@@ -10,6 +10,7 @@ dropped. A file is never unpickled: it is read as safetensors, or by torch.load 
 
 import pickle
 import re
+import struct
 import sys
 from pathlib import Path
 
@@ -23,6 +24,12 @@ State = dict[str, Tensor]
 _WRAPPERS = ("teacher", "state_dict", "model")  # the teacher of a self-distillation is what its users evaluate
 _HEADS = ("head", "head_dist", "fc", "classifier", "pooler", "dino_head", "ibot_head")
 _NAMED = 6  # keys that an error names
+_WRAPPED = 8  # wrappers around each other, at most
+# What torch's own reader meets in damaged files.
+_UNREADABLE = (
+    SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+    AssertionError, ArithmeticError, MemoryError, struct.error,
+)  # fmt: skip
 
 # Hugging Face's names, as patterns, and timm's.
 _TRANSFORMERS = (
@@ -61,9 +68,10 @@ def read(path: Path) -> dict:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except _UNREADABLE as error:
         cure = "give safetensors, or a .pth or .bin that holds tensors alone (code in it is never run)"
-        raise ValueError(f"{path}: does not read as weights ({str(error).splitlines()[0][:200]}); {cure}") from None
+        fact = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path}: does not read as weights ({fact}); {cure}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds a {type(found).__name__}, no named tensors; save the model's state_dict()")
     return found
@@ -122,8 +130,8 @@ def under_timm_names(found: dict, model: nn.Module, source: str) -> State:
 
 def _unwrapped(found: dict) -> State:
     """The tensors inside what training scripts wrap around them."""
-    while inner := next((found[key] for key in _WRAPPERS if isinstance(found.get(key), dict)), None):
-        found = inner
+    for _ in range(_WRAPPED):  # a damaged file may wrap itself
+        found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), dict)), found)
     return {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 

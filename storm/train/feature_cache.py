@@ -4,6 +4,7 @@ In: the config of a run. Out: storm.data.features' folders beside the shards, on
 Encoder and footprint reader run once per group and variant, on this machine's device, in float32.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,25 +15,26 @@ import torch
 
 from storm import files
 from storm.config import MaskConfig, RunConfig
-from storm.data import stain
+from storm.data import features, stain
 from storm.data.batch import BatchSpec, collate
 from storm.data.corpus import Corpus
-from storm.data.features import ARRAYS, AUTO, FOLDER, MARKER, FeatureSet, FeatureStore, Recipe
+from storm.data.features import AUTO, FOLDER, MARKER, FeatureSet, FeatureStore, Recipe
 from storm.data.remote import is_url
 from storm.data.tile import decode_tiles
 from storm.data.view import plain_view
 from storm.model.encoders import fingerprint
 from storm.model.storm import Storm
-from storm.schema import TILE_STATS, Group
+from storm.schema import Group
 from storm.shards import ShardSet
 
 NEEDS_PIXELS = ("recut", "crop", "pool_cells", "polygon_jitter")  # of MaskConfig: they change what is read of a map
 _TOLD_EVERY_S = 30.0
+_LARGEST = float(np.finfo(np.float16).max)
 _TILES = 16  # encoded at a time; more would only take memory
 
 
 def make(config: RunConfig, model: Storm, spec: BatchSpec, variants: int, splits: Sequence[str]) -> list[Path]:
-    """Write the features of some splits of the config's shard sets; those that are there stay.
+    """Write the features of some splits of the config's shard sets; those that are complete and of these shards stay.
 
     Args:
         model: with the weights of its encoder.
@@ -61,11 +63,30 @@ def make(config: RunConfig, model: Storm, spec: BatchSpec, variants: int, splits
     for one in _local_sets(config):
         folder = one.folder / FOLDER / recipe.key
         for split in splits:
-            if not (folder / split / MARKER).is_file():
+            if not _is_complete(folder, split, one, recipe):
                 _make_split(folder / split, one, split, recipe, _Maker(model.eval().to(device), spec, recipe, device))
             print(f"{folder / split}: complete", flush=True)
         found.append(folder)
     return found
+
+
+def _is_complete(folder: Path, split: str, one: ShardSet, recipe: Recipe) -> bool:
+    """Whether a split is there; what is there but will not do is told."""
+    path = folder / split / MARKER
+    if not path.is_file():
+        return False
+    try:
+        told = features.marker(path)
+        features.arrays(path.parent, recipe, one.index(split))
+        if split == "train":
+            features.statistics(folder, recipe.width)
+    except ValueError as error:
+        print(f"made anew: {error}", flush=True)
+        return False
+    if told != (recipe, one.manifest["splits"][split]["index_sha256"]):
+        print(f"made anew: {path}: features of other shards than these", flush=True)
+        return False
+    return True
 
 
 def _local_sets(config: RunConfig) -> list[ShardSet]:
@@ -101,19 +122,12 @@ class _Maker:
 def _make_split(target: Path, one: ShardSet, split: str, recipe: Recipe, maker: _Maker) -> None:
     index = one.index(split)
     profiles, tiles = (np.concatenate([[0], np.cumsum(n)]) for n in (index.profiles, index.tiles))
-    shapes = {
-        "profile": ((recipe.variants, profiles[-1], 2, recipe.width), np.float16),
-        "valid": ((recipe.variants, profiles[-1], 2), np.float16),
-        "tile": ((recipe.variants, tiles[-1], recipe.width), np.float16),
-        "stain": ((tiles[-1], len(TILE_STATS)), np.float32),
-    }
     told = time.monotonic()
     with files.replacing_folder(target) as folder:
         maps: dict[str, Any] = {
-            name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, tuple(map(int, shape)))
-            for name, (shape, dtype) in shapes.items()
+            name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+            for name, (shape, dtype) in features.layout(recipe, index).items()
         }
-        assert maps.keys() == set(ARRAYS)
         moments = np.zeros((2, recipe.width))
         for i in range(len(index)):
             group = one.read(split, index, i)
@@ -122,6 +136,9 @@ def _make_split(target: Path, one: ShardSet, split: str, recipe: Recipe, maker: 
             maps["stain"][t] = np.stack([stain.tile_statistics(tile) for tile in pixels]) if len(pixels) else 0
             for variant in range(recipe.variants):
                 profile, valid, tile = maker.features(group, i, variant)
+                if not all((np.abs(a) <= _LARGEST).all() for a in (profile, tile)):  # a NaN is none either
+                    raise ValueError(f"{target}: the encoder's features of group {i} go beyond half precision; see to "
+                                     "encoder.weights, model.pixel_mean and model.pixel_sd")  # fmt: skip
                 maps["profile"][variant, p], maps["valid"][variant, p], maps["tile"][variant, t] = profile, valid, tile
                 moments += tile.sum(0, dtype=np.float64), np.square(tile, dtype=np.float64).sum(0)
             if time.monotonic() - told > _TOLD_EVERY_S:
@@ -165,9 +182,10 @@ def find(corpus: Corpus, config: RunConfig, own: str) -> FeatureStore:
 
 def _beside(one: ShardSet, encoder: str, mask: MaskConfig) -> list[Path]:
     """The caches beside a shard set that were made of this encoder and varied as the run is."""
-    told = {
-        path.parent.parent: files.read_json(path)["recipe"] for path in (one.folder / FOLDER).glob(f"*/train/{MARKER}")
-    }
+    told = {}
+    for path in (one.folder / FOLDER).glob(f"*/train/{MARKER}"):
+        with contextlib.suppress(ValueError):  # of a damaged one launch/features.py tells, and makes it anew
+            told[path.parent.parent] = vars(features.marker(path)[0])
     asked = {"encoder": encoder, "flips": mask.flips, "stain_jitter": mask.stain_jitter}
     return sorted(folder for folder, recipe in told.items() if asked.items() <= recipe.items())
 

@@ -87,6 +87,7 @@ def test_the_plan_orders_first_seeds_first_and_names_runs_by_their_content(plan:
 @pytest.mark.parametrize(
     ("arm", "fault"),
     [
+        ({"name": "a", "overrides": ["seed=7"]}, "the study sets seed, run_dir, data.shards itself"),
         ({"name": "x", "overrides": ["model.space_dept=0"]}, "arm x: .*nearest: space_depth"),
         ({"name": "base"}, "two arms are named 'base'"),
         ({"name": "x y"}, "name"),
@@ -97,6 +98,15 @@ def test_a_plan_at_fault_is_refused(tmp_path: Path, arm: dict, fault: str) -> No
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
     with pytest.raises(ValueError, match=fault):
         study.read_plan(write(tmp_path, {"title": "t", "base": "base.yaml", "arms": [arm]}))
+
+
+def test_what_is_no_result_is_named(plan: Path, tmp_path: Path) -> None:
+    wanted = study.runs(plan, study.read_plan(plan), shards(tmp_path), tmp_path)
+    values: list[object] = [[], {}]
+    for value in values:
+        files.write_json(study.result_path(tmp_path, wanted[1]), value)
+        with pytest.raises(ValueError, match=rf"{wanted[1].name}\.json: is no result of a run; remove it"):
+            study.results(tmp_path, wanted)
 
 
 @pytest.mark.parametrize("name", ["study_synthetic.yaml", "study_cells.yaml"])

@@ -87,6 +87,8 @@ def test_colour_alone_is_blind_to_place() -> None:
         ({"encoder_options": {"pretrained": True}}, "'pretrained' is none of"),
         ({"encoder_options": {"checkpoint_path": "x"}}, "'checkpoint_path' is none of"),
         ({"encoder_options": {"img_size": 48, "patch_size": 8}}, "does not read tiles of 32 px"),
+        ({"encoder_options": {"num_heads": 0}}, "does not build it with"),
+        ({"encoder_options": {"img_size": {}}}, "does not build it with"),
         ({"encoder_sha256": ""}, "stays at random"),
         ({"encoder": "timm/resnet18", "encoder_options": {}, "train": "lora", "tile_px": 224}, ""),
     ],

@@ -159,6 +159,13 @@ class Harmful:
         return print, ("unpickled",)
 
 
+def itself() -> dict:
+    """A wrapper that holds itself."""
+    found: dict = {}
+    found["model"] = found
+    return found
+
+
 @pytest.mark.parametrize(
     ("spoil", "fact"),
     [
@@ -169,6 +176,7 @@ class Harmful:
         (lambda s: prefixed("left.")(s) | prefixed("right.")(s), "several encoders"),
         (lambda s: {"x": Harmful()}, "code in it is never run"),
         (lambda s: [1, 2], "holds a list"),
+        (lambda s: itself(), "no first layer"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_told(spoil: Callable, fact: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -180,6 +188,11 @@ def test_what_does_not_fit_is_told(spoil: Callable, fact: str, tmp_path: Path, c
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"nothing")
-    for name, fact in (("w.safetensors", "does not read"), ("absent.pth", "no such file")):
+    (tmp_path / "empty.pth").touch()
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    found = (tmp_path / "old.pth").read_bytes()
+    (tmp_path / "old.pth").write_bytes(found.replace(b"storage", b"st\xffrage", 1))  # a name that is no text
+    read = "does not read"
+    for name, fact in (("w.safetensors", read), ("empty.pth", read), ("old.pth", read), ("absent.pth", "no such file")):
         with pytest.raises(ValueError, match=fact):
             weights.load(made(UNI2, 1), tmp_path / name)

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from storm import export
+from storm import export, files
+from storm.config import RunConfig
 from storm.data.batch import BatchSpec, collate
 from storm.data.corpus import Corpus, open_corpus
 from storm.data.features import FeatureStore, touched
@@ -140,12 +144,63 @@ def test_a_run_on_the_cache_and_its_export(
     assert told["pixel_mean"] == [0.5, 0.5, 0.5]
 
 
+def _find(run: RunConfig) -> FeatureStore:
+    corpus = open_corpus(run.data)
+    run = trainer.fitted(run, corpus)
+    model, _ = trainer.build(run, corpus)
+    return feature_cache.find(corpus, run, fingerprint(model.morphology, run.model))
+
+
+def _changed(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    np.save(path, change(np.load(path)))
+
+
+DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
+    ("features.json", lambda p: files.write_json(p, files.read_json(p) | {"index_sha256": "0"}), "of other shards"),
+    ("features.json", lambda p: files.write_json(p, []), "is no marker of features"),
+    ("profile.npy", lambda p: os.truncate(p, 1000), r"profile\.npy: is missing or damaged"),
+    ("stain.npy", Path.unlink, r"stain\.npy: is missing or damaged"),
+    ("tile.npy", lambda p: _changed(p, lambda a: a[:, :1]), r"tile\.npy: holds float16 .*, not float16"),
+    ("statistics.npy", lambda p: _changed(p, lambda a: a * np.nan), "is no mean and sd"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "fact"), DAMAGES)
+def test_a_cache_that_will_not_do_is_named_and_made_anew(
+    name: str, damage: Callable, fact: str, tiny_shards: Path, weights: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_shards, shards, ignore=shutil.ignore_patterns("features"))
+    run = encoder.config(shards, tmp_path, weights, "frozen", "data.features=auto")
+    (folder,) = trainer.cache_features(run, 1, ["train"])
+    before = (folder / "train" / "tile.npy").read_bytes()
+    damage(folder / "train" / name)
+    named = encoder.config(shards, tmp_path, weights, "frozen", f"data.features={folder}")
+    with pytest.raises(ValueError, match=f"{fact}.*launch/features.py"):
+        _find(named)
+    trainer.cache_features(run, 1, ["train"])
+    assert "made anew" in capsys.readouterr().out
+    assert (folder / "train" / "tile.npy").read_bytes() == before
+    assert _find(run).recipe == _find(named).recipe
+
+
+def test_features_beyond_half_precision_are_refused_and_nothing_is_written(
+    tiny_shards: Path, weights: Path, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_shards, shards, ignore=shutil.ignore_patterns("features"))
+    large = {name: tensor * (1e9 if tensor.ndim == 1 else 1) for name, tensor in load_file(weights).items()}
+    save_file(large, tmp_path / "large.safetensors")
+    run = encoder.config(shards, tmp_path, tmp_path / "large.safetensors", "frozen")
+    with pytest.raises(ValueError, match="go beyond half precision"):
+        trainer.cache_features(run, 1, ["train"])
+    assert not [path for path in (shards / "features").rglob("*") if path.is_file()]
+
+
 def test_features_of_another_encoder_are_refused(tiny_shards: Path, cached: Path, tmp_path: Path) -> None:
     other = encoder.write_weights(tmp_path / "o.safetensors", 4)
     for named, fact in (("auto", "hold no features of this encoder"), (str(cached), "features of another encoder")):
         run = encoder.config(tiny_shards, tmp_path, other, "frozen", f"data.features={named}")
-        corpus = open_corpus(run.data)
-        run = trainer.fitted(run, corpus)
-        model, _ = trainer.build(run, corpus)
         with pytest.raises(ValueError, match=fact):
-            feature_cache.find(corpus, run, fingerprint(model.morphology, run.model))
+            _find(run)
