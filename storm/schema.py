@@ -274,7 +274,8 @@ def _npy(array: npt.NDArray) -> tuple[bytes, memoryview]:
 def save_arrays(arrays: dict[str, npt.NDArray]) -> bytes:
     """Arrays as the bytes of a stored (not deflated) npz; equal arrays give equal bytes.
 
-    They are the bytes of np.savez, by hand because that takes three times as long.
+    Its members are the bytes of np.savez, by hand because that takes three times as long, and because the headers that
+    Python writes differ between its releases.
 
     Raises:
         ValueError: 2 GB or more.

@@ -1,6 +1,7 @@
 """The sample: what is encoded is decoded, equal content gives equal bytes, odd input is refused."""
 
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -54,11 +55,14 @@ def test_decode_of_encode_is_the_group(counts: list[list[int]], tiles: dict[tupl
 
 
 @given(st.dictionaries(st.from_regex("a_[a-z]{1,9}", fullmatch=True), arrays, max_size=4))
-def test_arrays_are_the_bytes_of_numpy(arrays: dict[str, np.ndarray]) -> None:
+def test_members_are_the_bytes_of_numpy(arrays: dict[str, np.ndarray]) -> None:
     arrays |= {"every_other": np.arange(9)[::2], "turned": np.arange(6.0).reshape(2, 3).T}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    assert schema.save_arrays(arrays) == buffer.getvalue()
+    # Headers of the zip file differ between releases of Python, ours never do.
+    ours, theirs = (zipfile.ZipFile(file) for file in (io.BytesIO(schema.save_arrays(arrays)), buffer))
+    assert ours.testzip() is None and ours.namelist() == theirs.namelist()
+    assert all(ours.read(name) == theirs.read(name) for name in ours.namelist())
     with np.load(io.BytesIO(schema.save_arrays(arrays)), allow_pickle=False) as found:
         assert found.files == list(arrays)
         assert all((found[name] == array).all() for name, array in arrays.items())
