@@ -1,7 +1,7 @@
 """Feature maps of tiles that were met lately: regions of a slide overlap, inference meets most tiles four times.
 
 In: batches of one model, on the CPU. Out: the same on its device, with maps beside the pixels. A tile is known by its
-pixels, so by a flip or turn of it too. T tiles, P patches, D image width.
+pixels: a flip or turn of it is another tile. T tiles, P patches, D image width.
 """
 
 import hashlib
