@@ -40,6 +40,7 @@ Ints = npt.NDArray[np.int64]
 PROTOCOL = "2, H&E to expression of cells, by how they are read"
 DISC_UM, PITCH_UM = 55.0, 100.0
 ALL, NOISE, RIDGE = "a-d", "e", "colour ridge"  # all genes of which anything can be told; the others
+NO_TRUTH = "no truth is given; --truth names that of synthetic tissue"
 _LEAST = 1e-12  # of an expected share, for its log
 
 
@@ -91,7 +92,8 @@ def open_cells(section: Section, store: SlideStore, share: Floats) -> Cells:
 
 
 def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int, truth_dir: Path | None) -> dict[str, Any]:
-    """The tables as plain values. Without a truth only the additivity is told.
+    """The tables as plain values. Without a truth, or where no cells share a disc, only the additivity is told, with
+    the reason under `no_cells`.
 
     Raises:
         ValueError: a test section has no truth in the folder, or another one.
@@ -103,7 +105,7 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int, truth_dir: Path 
     stores = [cohort.stores[s.slide_id] for s in sections]
     return {
         **provenance(pretrained, cohort, seed, PROTOCOL),
-        **(_by_truth(pretrained, cohort, truth_dir, seed) if truth_dir else {}),
+        **(_by_truth(pretrained, cohort, truth_dir, seed) if truth_dir else {"no_cells": NO_TRUTH}),
         "additivity": additivity.measure(pretrained, stores, cohort.gene_ids),
     }
 
@@ -118,7 +120,7 @@ def _by_truth(pretrained: Pretrained, cohort: Cohort, truth_dir: Path, seed: int
     ]
     asked = [cells for cells in opened if len(cells.disc)]
     if not asked:
-        return {}
+        return {"no_cells": f"no two cells of {len(opened)} sections share a disc of {DISC_UM:g} um"}
     genes = [cohort.gene_ids[i] for i in columns]
     lognorm, log_share = predictions(pretrained, cohort, asked, genes)
     return {
@@ -240,7 +242,7 @@ def text(values: dict[str, Any]) -> str:
                 head = f"### Inside a spot's area, with the truth: {name} ({of['cells']} cells)"
                 parts += [head, _reads(of["classes"], values)]
     else:
-        parts.append("No cells beside a truth: give --truth of synthetic tissue for the other tables.")
+        parts.append(f"No table of cells: {values['no_cells']}.")
     return "\n\n".join([*parts, "### Additivity", additivity.text(values["additivity"])])
 
 

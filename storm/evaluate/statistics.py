@@ -121,6 +121,20 @@ def donor_bootstrap(first: Floats, second: Floats, seed: int, replicates: int = 
     return [interval(v, d) for v, d in zip(value, (drawn[0] - drawn[1]).T, strict=True)]
 
 
+def over_donors(each: Floats, donor: npt.NDArray[np.int64], seed: int) -> Floats:
+    """[replicates] of a mean over rows: donors drawn with replacement, and of each row one of its own replicates.
+
+    Args:
+        each: [rows, replicates] of each row, of a bootstrap of its blocks.
+        donor: [rows] number of the donor; its rows are drawn together. With one donor alone only blocks vary.
+    """
+    rng = np.random.default_rng([seed, 11])
+    own = rng.permuted(each, axis=1)  # rows of as many blocks were drawn alike, and must not go together
+    number = int(donor.max()) + 1
+    weight = rng.multinomial(number, np.full(number, 1 / number), size=each.shape[1])[:, donor]
+    return np.asarray((weight * own.T).sum(1) / weight.sum(1))
+
+
 def interval(value: float, replicates: Floats) -> Interval:
     """A figure with the 2.5 and 97.5 percentiles of its replicates [R]."""
     low, high = np.percentile(replicates, [2.5, 97.5])

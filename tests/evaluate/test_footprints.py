@@ -138,4 +138,16 @@ def test_an_oracle_scores_one_inside_a_spot(cells: Path, monkeypatch: pytest.Mon
 def test_without_truth_the_additivity_alone_is_told(cells: Path, tmp_path: Path) -> None:
     found = evaluate(cells, tmp_path / "report")
     assert "cells" not in found and found["additivity"]["squares"] > 0
-    assert "give --truth" in (tmp_path / "report" / "report.md").read_text()
+    assert "no truth is given; --truth names" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_truth_that_is_given_is_not_asked_for_where_no_cells_share_a_disc(
+    cells: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(footprints, "discs", lambda xy_um: np.full(len(xy_um), -1))
+    monkeypatch.setattr(footprints.additivity, "measure", lambda *given: {"skipped": "not asked here"})
+    pretrained = export.load(cells / "model")
+    cohort = open_cohort(pretrained, cells / "stores", cells / "shards")
+    found = footprints.evaluate(pretrained, cohort, 0, cells / "tissue" / "truth")
+    said = footprints.text(found)
+    assert "--truth" not in said and "no two cells of 1 sections share a disc of 55 um" in said

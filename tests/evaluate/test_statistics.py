@@ -66,6 +66,17 @@ def test_block_means_are_means_over_drawn_blocks() -> None:
         assert mean == pytest.approx(values[rows].mean())
 
 
+def test_donors_are_drawn_whole_and_one_alone_leaves_its_blocks() -> None:
+    rng = np.random.default_rng(0)
+    each = np.array([[0.2], [0.2], [0.8]]) + 0.01 * rng.normal(size=(3, 1000))
+    found = statistics.over_donors(each, np.array([0, 0, 1]), 0)
+    assert set(np.round(found, 1)) == {0.2, 0.4, 0.8}  # two of one donor, both, two of the other
+    alone = statistics.over_donors(each[:1], np.zeros(1, np.int64), 0)
+    assert sorted(alone) == sorted(each[0])
+    alike = statistics.over_donors(np.stack([each[0]] * 2), np.zeros(2, np.int64), 0)
+    assert alike.std() == pytest.approx(each[0].std() / 2**0.5, rel=0.1)  # not drawn together
+
+
 def test_the_donor_bootstrap_finds_a_difference_that_all_donors_share() -> None:
     rng = np.random.default_rng(0)
     donor = rng.normal(0, 1, (1, 6, 1))  # what one donor is worth is the same in both arms

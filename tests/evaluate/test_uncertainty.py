@@ -109,5 +109,14 @@ def test_the_tables_tell_donors_apart_and_never_name_them(monkeypatch: pytest.Mo
     conformal = [of["methods"]["split-conformal"]["covered"] for of in found["donors"]]
     assert conformal[3] < 0.5 and min(conformal[:3]) > 0.9  # the strange donor widens the others
     assert [of["genes"] for of in found["bins"]] == [3, 3, 2, 2, 2]
+    for of in (*(row["methods"] for row in found["bins"]), *(row["methods"] for row in found["donors"])):
+        for name in (uncertainty.NB, uncertainty.CONFORMAL):
+            assert of[name]["low"] <= of[name]["covered"] <= of[name]["high"], of
+    width = [
+        [of["methods"]["negative binomial"][k] for k in ("low", "high")]
+        for of in (found["bins"][4], found["donors"][0])
+    ]
+    assert width[0][0] < 0.75 and np.ptp(width[0]) > 5 * np.ptp(width[1])  # one strange donor of four, beside blocks
     said = uncertainty.text(found)
+    assert "| negative binomial: 95 % interval |" in said
     assert "No guarantee" in said and "3 other test donors" in said and "donor0" not in said + str(found)
