@@ -45,7 +45,7 @@ BINS = (0.0, 1.0, 2.0, 4.0, np.inf)  # tile widths to the nearest visible profil
 
 _ABOUT = """Target lognorm, {genes} genes of rule var, Pearson per gene within a section over the asked profiles. The
 visible profiles are drawn at random over the section. *beyond a tile*: the asked profiles without a visible one nearer
-than a tile's width, whose pixels nothing visible shares; the last columns: by distance to the nearest visible profile.
+than a tile's width, which share hardly a pixel with one; the last columns: by distance to the nearest visible profile.
 Powers, ranges and nuggets of the baselines were chosen per gene on training sections that were hidden alike."""
 
 
@@ -192,23 +192,29 @@ def compare(
     return {"methods": methods, "versus_best_baseline": versus}
 
 
+def of_size(sections: list[Section]) -> list[Section]:
+    """Those that have something to show and something to ask."""
+    return [section for section in sections if len(section.rows) >= LEAST_VISIBLE + LEAST_ASKED]
+
+
 def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str, Any]:
     """The tables of protocol 4 as plain values."""
-    enough = [s for s in cohort.test if len(s.rows) >= LEAST_VISIBLE + LEAST_ASKED]
-    if not enough or not cohort.train:
-        return {"protocol": PROTOCOL, "skipped": "no test section has profiles enough, or none is for training"}
-    cohort = dataclasses.replace(cohort, test=enough)
+    train, test = of_size(cohort.train), of_size(cohort.test)
+    if not train or not test:
+        reason = f"needs a training and a test section of {LEAST_VISIBLE + LEAST_ASKED} profiles or more"
+        return {"protocol": PROTOCOL, "skipped": reason}
+    cohort = dataclasses.replace(cohort, train=train, test=test)
     columns = gene_rules(cohort)["var"]
     ground = prepare(pretrained, cohort, columns)
     tile_um, shares = pretrained.config.tile_um, []
     for share in SHARES:
-        train, test = ([hide(s, share, seed) for s in part] for part in ground.sections)
+        known, hidden = ([hide(s, share, seed) for s in part] for part in ground.sections)
         shown = {MODEL: (True, True), **REFERENCES}
-        predicted = {name: model_predictions(pretrained, cohort, test, columns, what) for name, what in shown.items()}
-        predicted |= baselines(ground, train, test)
-        measured = [values[~h.visible] for h, values in zip(test, ground.values[1], strict=True)]
-        sizes = {"visible": sum(int(h.visible.sum()) for h in test), "asked": sum(map(len, measured))}
-        shares.append({"share": share, **sizes, **compare(predicted, measured, test, tile_um, seed)})
+        predicted = {name: model_predictions(pretrained, cohort, hidden, columns, what) for name, what in shown.items()}
+        predicted |= baselines(ground, known, hidden)
+        measured = [values[~h.visible] for h, values in zip(hidden, ground.values[1], strict=True)]
+        sizes = {"visible": sum(int(h.visible.sum()) for h in hidden), "asked": sum(map(len, measured))}
+        shares.append({"share": share, **sizes, **compare(predicted, measured, hidden, tile_um, seed)})
     return {
         **provenance(pretrained, cohort, seed, PROTOCOL, "H&E and the counts of the visible profiles"),
         "target": "lognorm", "genes": len(columns), "bins_um": [b * tile_um for b in BINS[:-1]], "shares": shares,

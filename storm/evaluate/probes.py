@@ -141,8 +141,8 @@ def text(values: dict[str, Any]) -> str:
     ]
     head = [f"{task} (chance {entry['chance']:.2f})" for task, entry in first.items()]
     about = (
-        "Balanced accuracy of logistic regression on spatial blocks that it has not seen, over training and test\n"
-        "sections, beside the mean Pearson of a ridge from the same features to expression on the test sections. A\n"
-        "level that sees counts holds what it is asked for there."
+        "Balanced accuracy of logistic regression on spatial blocks that it was not fitted on (it was on those beside\n"
+        "them), over training and test sections, beside the mean Pearson of a ridge from the same features to\n"
+        "expression on the test sections. A level that sees counts holds what it is asked for there."
     )
     return "\n\n".join([about, table(["level", *head, "expression kept"], rows)])

@@ -16,7 +16,7 @@ from storm.evaluate.sections import Section
 from storm.export import Pretrained, load
 from storm.shards import ShardSet
 
-TRAIN = "train"
+TRAIN, VAL = "train", "val"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Within:
 
     pretrained: Pretrained
     source: Path  # names it in errors
-    donors: frozenset[tuple[str, str]]  # (study, its name there) of its training sections
+    donors: frozenset[tuple[str, str]]  # (study, its name there) of its training and validation sections
     slides: frozenset[str]
 
 
@@ -42,12 +42,16 @@ def open_within(export: Path, shards: Sequence[Path], symmetries: int = 1) -> Wi
             f"{export}: was trained on other shards than {', '.join(map(str, shards))}; name its own by "
             "--within-shards, in the order of data.shards: they tell which donors trained it"
         )
-    slides = {
-        name: manifest["slides"][name] for manifest in manifests for name in manifest["splits"][TRAIN]["slides"]
-    }  # fmt: skip
-    _check_split(export, pretrained, slides)
+    _check_split(export, pretrained, _slides(manifests, (TRAIN,)))
+    slides = _slides(manifests, (TRAIN, VAL))  # by its validation a checkpoint may have been chosen
     donors = frozenset((entry["study"], entry["donor"]) for entry in slides.values())
     return Within(pretrained, export, donors, frozenset(slides))
+
+
+def _slides(manifests: list[dict[str, Any]], splits: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Slide -> its entry, of some splits of several shard sets."""
+    found = [(m, m["splits"][split]["slides"]) for m in manifests for split in splits if split in m["splits"]]
+    return {name: manifest["slides"][name] for manifest, names in found for name in names}
 
 
 def _check_split(export: Path, pretrained: Pretrained, slides: dict[str, dict[str, Any]]) -> None:
@@ -65,7 +69,8 @@ def check(within: Within, cohort: Cohort, targets: dict[str, list[Section]]) -> 
     """Refuse a model that is no yardstick for the test sections [platform -> sections].
 
     Raises:
-        ValueError: it was not trained on a target platform, its training holds a test donor, or it lacks shared genes.
+        ValueError: it was not trained on a target platform, its training or validation holds a test donor, or it lacks
+            shared genes.
     """
     trained = set(within.pretrained.data["platforms"])
     for platform, sections in targets.items():
@@ -74,7 +79,8 @@ def check(within: Within, cohort: Cohort, targets: dict[str, list[Section]]) -> 
             raise ValueError(f"{within.source}: {fact}; give an export trained on {platform}")
         seen = [s for s in sections if s.donor in within.donors or s.slide_id in within.slides]
         if seen:
-            fact = f"its training sections hold the donors of {len(seen)} of {len(sections)} sections of {platform}"
+            told = f"{len(seen)} of {len(sections)} sections of {platform}"
+            fact = f"its training or validation holds the donors of {told}"
             cure = f"train it without these donors (that of slide {seen[0].slide_id}, as one)"
             raise ValueError(f"{within.source}: {fact} that are tested; {cure}")
     panel, index = within.pretrained.panel, within.pretrained.genes.index

@@ -78,3 +78,9 @@ def test_training_predictions_are_out_of_fold() -> None:
     found = imputation._out_of_fold(x, y, np.arange(60) % 3, True)
     assert abs(np.corrcoef(found[:, 0], y[:, 0])[0, 1]) < 0.35
     assert np.isfinite(imputation._out_of_fold(x, y, np.zeros(60, int), True)).all()
+
+
+def test_a_section_too_small_to_hide_from_is_left_out() -> None:
+    rng = np.random.default_rng(0)
+    small, whole = (cohorts.section("s", "a", np.zeros((side**2, 2)), rng) for side in (4, 5))
+    assert imputation.of_size([small, whole]) == [whole]

@@ -110,10 +110,13 @@ def test_transfer_reads_real_stores(values: dict, tiny_store: Path, tiny_shards:
 def test_a_second_model_is_known_by_its_shards(
     values: dict, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its shard set names the donors of its training, the export does not."""
+    """Its shard set names the donors of its training and validation, the export does not."""
     manifest = files.read_json(tiny_shards / "manifest.json")
-    trained = manifest["splits"]["train"]["slides"]
+    trained = [name for split in ("train", "val") for name in manifest["splits"].get(split, {"slides": []})["slides"]]
     model = values["model"]
+    assert set(within._slides([manifest, {"splits": {}}], ("train", "test"))) == set(manifest["slides"]) - set(
+        manifest["splits"].get("val", {"slides": []})["slides"]
+    )
     found = within.open_within(model, [tiny_shards], symmetries=2)
     assert found.slides == set(trained) and found.pretrained.symmetries == 2
     assert found.donors == {(e["study"], e["donor"]) for n, e in manifest["slides"].items() if n in trained}

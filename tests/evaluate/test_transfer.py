@@ -107,9 +107,9 @@ def test_a_second_model_that_is_no_yardstick_is_refused(cohort: Cohort) -> None:
     transfer.check(first, cohort, good)
     with pytest.raises(ValueError, match="second: was trained on st, not on the target platform xenium; give"):
         transfer.check(first, cohort, rival(cohort, ("st",)))
-    with pytest.raises(ValueError, match=r"hold the donors of 1 of 2 sections of xenium .*without these donors .*c_x"):
+    with pytest.raises(ValueError, match=r"holds the donors of 1 of 2 sections of xenium .*without these donors .*c_x"):
         transfer.check(first, cohort, rival(cohort, donors=("c", "d")))
-    with pytest.raises(ValueError, match=r"hold the donors of 1 of 2 .*b_x"):  # the section under another donor's name
+    with pytest.raises(ValueError, match=r"holds the donors of 1 of 2 .*b_x"):  # the section under another donor's name
         transfer.check(first, cohort, dataclasses.replace(good, slides=frozenset({"b_x"})))
     short: Any = SimpleNamespace(**{**vars(good.pretrained), "panel": np.arange(len(cohort.gene_ids)) > 1})
     with pytest.raises(ValueError, match=r"lacks 2 of 12 shared genes \(as g0\); train both models"):
