@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from storm.presets import ModelConfig, nearest, resolve_model
 
 MASK_MODES = ("image_only", "in_context", "gene_level", "gene_only")
+_MOST = 1_000_000_000  # of any whole number but a seed: more overflows, or never ends
 _STPATH = {"image_only": 0.0, "in_context": 1.0, "gene_level": 0.0, "gene_only": 0.0, "hide_tiles": 0.0}
 
 
@@ -24,6 +25,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False
     )
+
+    @field_validator("*")
+    @classmethod
+    def _ends(cls, value: Any, info: ValidationInfo) -> Any:
+        if type(value) is int and value > _MOST and info.field_name != "seed":
+            raise ValueError(f"is more than {_MOST:,}, the most of any whole number; give a smaller one")
+        return value
 
 
 class MixtureConfig(Section):
@@ -49,11 +57,13 @@ class DataConfig(Section):
         description="folder or URL (https, s3) of a shard set, or several of them with the same genes"
     )
     split: Literal["train", "val", "test"] = "train"
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+    workers: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = Field(
         default="auto", description="loader processes per rank; 0: the rank itself; auto: its cores but one"
     )
-    global_batch_size: int = Field(default=4, ge=1, description="groups per optimizer step over all ranks")
-    micro_batch_size: int = Field(default=1, ge=1, description="groups per forward on a rank")
+    global_batch_size: int = Field(
+        default=4, ge=1, le=1_000_000, description="groups per optimizer step over all ranks"
+    )
+    micro_batch_size: int = Field(default=1, ge=1, le=4096, description="groups per forward on a rank")
     last_batch: Literal["span", "drop"] = Field(
         default="span", description="a batch may span two epochs, or each epoch drops the groups that fill no batch"
     )
@@ -86,7 +96,9 @@ class DataConfig(Section):
         "or auto for the one beside the shards; empty: none",
     )
     remote_timeout_s: float = Field(default=60.0, gt=0, description="of one request")
-    remote_retries: int = Field(default=5, ge=0, description="of a request that failed, each after twice the wait")
+    remote_retries: int = Field(
+        default=5, ge=0, le=20, description="of a request that failed, each after twice the wait"
+    )
 
 
 class EncoderConfig(Section):

@@ -14,6 +14,7 @@ READS = ("footprint", "tile")
 EXPRESSIONS = ("bag", "tokens")  # encoders of what a profile shows of its counts
 POSITIONS = ("rotary", "distance_bias", "none")  # how tokens of a region know where they lie
 _MAY_BE_0 = ("registers", "align_width", "space_depth", "expression_zeros", "descriptor_width")
+_MOST = 1_000_000  # of any size: beyond it products overflow before anything tells that memory ends
 TIMM = "timm/"  # begins the name of an encoder that timm builds
 ENCODERS, ENCODER_TRAIN, IMAGE_TARGETS = ("vit", "colour"), ("full", "frozen", "lora"), ("stain", "feature")
 
@@ -61,6 +62,8 @@ class ModelConfig:
             value, least = getattr(self, field.name), 0 if field.name in _MAY_BE_0 else 1
             if field.type is int and value < least:
                 raise ValueError(f"model.{field.name}={value} must be {least} or more")
+            if field.type is int and value > _MOST:
+                raise ValueError(f"model.{field.name}={value} must be {_MOST:,} or less")
         if not 0 < self.tile_mpp < math.inf:
             raise ValueError(f"model.tile_mpp={self.tile_mpp} must be above 0")
         self._check_words()

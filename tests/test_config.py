@@ -38,6 +38,30 @@ def test_numbers_out_of_range_are_named_by_key(word: str) -> None:
         config.load(RunConfig, None, ["run_dir=r", "data.shards=s", word])
 
 
+@pytest.mark.parametrize("number", [10**9 + 1, 10**26])
+@pytest.mark.parametrize(
+    "key",
+    ["optim.steps", "log_every", "mask.loss_genes", "data.skip_most", "data.window_shards", "checkpoint.every_steps",
+     "checkpoint.keep_last", "validation.groups", "stop.max_restarts", "data.workers", "data.micro_batch_size",
+     "data.global_batch_size", "data.remote_retries"],
+)  # fmt: skip
+def test_whole_numbers_without_end_are_refused(key: str, number: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^command line: {key}(\.\S+)?={number}: .*(is more than|less than or equal to) "
+    ) as told:
+        config.load(RunConfig, None, ["run_dir=r", "data.shards=s", f"{key}={number}"])
+    assert "1,000,000,000, the most of any whole number; give a smaller one" in str(told.value) or "data." in key
+
+
+def test_numbers_with_an_exponent_are_no_whole_ones() -> None:
+    with pytest.raises(ValueError, match=r"command line: optim\.steps=1e\+26: Input should be a valid integer"):
+        config.load(RunConfig, None, ["run_dir=r", "data.shards=s", "optim.steps=1e26"])
+    loaded = config.load(RunConfig, None, ["run_dir=r", "data.shards=s", f"seed={2**32 - 1}", "optim.steps=1000000000"])
+    assert (loaded.seed, loaded.optim.steps) == (2**32 - 1, 10**9)
+    with pytest.raises(ValueError, match=r"max_tiles=1000000001: .*is more than 1,000,000,000"):
+        config.load(PrepConfig, None, ["max_tiles=1000000001"])
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -1,5 +1,6 @@
 """Export and load: complete or absent, verified file by file, loadable with three libraries, silent about donors."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from storm import checkpoints, export, files
+from storm.presets import ModelConfig
 from tests import untrained
 
 REPO = Path(__file__).resolve().parent.parent
@@ -123,16 +125,15 @@ def _changed(exported: Path, key: str, value: object) -> Path:
         ("model.organs", 3, r"its model config is not valid"),
         ("model.organs", [], r"model\.safetensors: weights of another model \(size mismatch for fusion\.organ"),
         ("model.image_width", 10**6, r"model\.safetensors: weights of another model"),
-        ("model.image_width", 10**15, r"model\.safetensors: weights of another model"),
-        ("model.space_depth", 10**12, r"another model \(model config: .* more than \d+ weights; it holds \d+\)"),
-        ("model.patch_px", 10**9, r"model\.tile_px=32 is no multiple of patch_px"),
-        ("model.registers", 10**12, r"model\.safetensors: weights of another model"),
-        ("model.align_width", 10**10, r"model\.safetensors: weights of another model"),
+        ("model.space_depth", 10**5, r"another model \(model config: .* more than \d+ weights; it holds \d+\)"),
+        ("model.patch_px", 10**6, r"model\.tile_px=32 is no multiple of patch_px"),
+        ("model.registers", 10**6, r"model\.safetensors: weights of another model"),
+        ("model.align_width", 10**6, r"model\.safetensors: weights of another model"),
         ("data.platforms", {"visium": 3}, r"config\.json: data\.platforms does not count slides"),
         ("data.spots_side", 10**9, r"config\.json: data\.spots_side is 1000000000"),
         ("reference.footprint_um", 10**400, r"config\.json: reference\.footprint_um is 1000"),
         ("reference.slide_log_density", 1e300, r"config\.json: reference\.slide_log_density is 1e\+300"),
-        ("model.tile_px", 16 * 10**9, r"another model \(model config: tiles of 16000000000 px"),
+        ("model.tile_px", 16 * 10**4, r"another model \(model config: tiles of 160000 px"),
     ],
 )
 def test_a_foreign_config_is_refused_by_file_and_key(exported: Path, key: str, value: object, fact: str) -> None:
@@ -143,7 +144,28 @@ def test_a_foreign_config_is_refused_by_file_and_key(exported: Path, key: str, v
 def test_what_has_no_depth_is_bounded_too(exported: Path) -> None:
     _changed(exported, "model.space_depth", 0)
     with pytest.raises(ValueError, match=r"model\.safetensors: weights of another model"):
-        export.load(_changed(exported, "model.space_width", 16 * 10**10))
+        export.load(_changed(exported, "model.space_width", 16 * 10**4))
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ModelConfig) if field.type is int])
+def test_a_size_without_end_is_refused(exported: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"config is not valid \(model\.{name}={10**30} must be 1,000,000 or less\)"):
+        export.load(_changed(exported, f"model.{name}", 10**30))
+
+
+@pytest.mark.parametrize(
+    "name", ["image_width", "image_depth", "gene_width", "fusion_width", "fusion_depth", "space_width", "space_depth",
+             "registers", "align_width", "descriptor_width"]
+)  # fmt: skip
+def test_what_is_too_large_for_its_weights_is_not_built(
+    exported: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> None:
+        pytest.fail("it takes memory before the sizes are compared")
+
+    monkeypatch.setattr(export, "Storm", build)
+    with pytest.raises(ValueError, match=r"another model \(model config: .* more than \d+ weights; it holds \d+\)"):
+        export.load(_changed(exported, f"model.{name}", 16 * 10**4))
 
 
 def test_an_encoder_without_end_is_not_built(exported: Path) -> None:

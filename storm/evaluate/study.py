@@ -8,12 +8,14 @@ which storm.evaluate.study_table makes the tables. Nothing here trains: launch/s
     <out>/results/<arm>-s<seed>-<key>.json
     <out>/STUDY.md
 
-The key is of the resolved config and of the shards: after a change of either the run has another name, and runs anew.
+The key is of the resolved config, of the shards, and of what lies in the files that the config names: after a change of
+any of them the run has another name, and runs anew.
 """
 
+import functools
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +31,7 @@ from storm.shards import MANIFEST
 
 BASE = "base"
 _KEY_DIGITS = 12
+_NAMED = (("encoder", "weights"), ("data", "descriptors"))  # keys that name a file
 _OWN = ("seed", "run_dir", "data.shards")  # keys that the study sets itself
 Result = dict[str, Any]
 
@@ -97,17 +100,21 @@ def runs(
     Args:
         seeds: at most so many per arm.
         only: names of arms; the base comes with them.
+
+    Raises:
+        ValueError: an arm that the plan has not, or a file that a config names and that does not read.
     """
     unknown = sorted(set(only) - {arm.name for arm in plan.all_arms})
     if unknown:
         raise ValueError(f"{path}: has no arm {unknown[0]!r}; it has {', '.join(a.name for a in plan.all_arms)}")
     chosen = [arm for arm in plan.all_arms if not only or arm.name in {*only, BASE}]
     data = files.sha256_file(shards / MANIFEST)
+    digest = functools.cache(files.sha256_file)  # of one look at the plan: a file may change between two
     found = []
     for seed in range(max(arm.seeds for arm in chosen) if seeds is None else seeds):
         for arm in [arm for arm in chosen if seed < arm.seeds]:
             words = [*arm.overrides, f"seed={seed}"]
-            name = f"{arm.name}-s{seed}-{_key(load_run(path, plan, words), data)}"
+            name = f"{arm.name}-s{seed}-{_key(load_run(path, plan, words), data, digest)}"
             found.append(Run(arm, seed, name, [*words, f"run_dir={out / 'runs' / name}", f"data.shards={shards}"]))
     return found
 
@@ -117,7 +124,17 @@ def load_run(path: Path, plan: Plan, words: list[str]) -> RunConfig:
     return load(RunConfig, path.parent / plan.base, [*words, "run_dir=run", "data.shards=shards"])
 
 
-def _key(config: RunConfig, data: str) -> str:
+def _key(config: RunConfig, data: str, digest: Callable[[Path], str]) -> str:
+    """Of a config in which the hash of a file stands in place of its path."""
+    for section, key in _NAMED:
+        part = getattr(config, section)
+        if named := getattr(part, key):
+            try:
+                part = part.model_copy(update={key: digest(Path(named))})
+            except OSError as error:
+                fact = f"{section}.{key}={named}: does not read ({error.strerror}); give a local file"
+                raise ValueError(fact) from None
+            config = config.model_copy(update={section: part})
     return files.sha256_of(f"{dump(config)}\n{data}".encode())[:_KEY_DIGITS]
 
 

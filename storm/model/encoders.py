@@ -32,6 +32,8 @@ OPTIONS = (
     "init_values", "reg_tokens", "no_embed_class", "class_token", "dynamic_img_size", "qkv_bias", "qk_norm",
     "proj_bias", "pos_embed", "global_pool", "window_size", "dims", "drop_path_rate",
 )  # fmt: skip
+# By which name timm may be told a layer; of its own and torch's many others none is built at a config's word.
+LAYERS = {"mlp_layer": ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked"), "act_layer": ("GELU", "SiLU", "ReLU")}
 # What timm meets where an option is of another type or size than it thought of.
 _UNBUILT = (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError, LookupError)
 
@@ -69,11 +71,11 @@ def create(config: ModelConfig) -> nn.Module:
         raise ValueError(
             f"model.encoder_options: {_blocks(options)} blocks; depth or depths are {_MOST_BLOCKS} at most"
         )
-    layers = {"mlp_layer": timm.layers, "act_layer": nn}
+    for key in LAYERS.keys() & options.keys():
+        if options[key] not in LAYERS[key]:
+            raise ValueError(f"model.encoder_options.{key}={options[key]!r} is none of {', '.join(LAYERS[key])}")
+        options[key] = getattr(timm.layers if key == "mlp_layer" else nn, options[key])
     try:
-        for key, home in layers.items():
-            if key in options:
-                options[key] = getattr(home, str(options[key]))
         model: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
     except _UNBUILT as error:
         fact = str(error) or type(error).__name__

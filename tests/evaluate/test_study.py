@@ -84,6 +84,28 @@ def test_the_plan_orders_first_seeds_first_and_names_runs_by_their_content(plan:
     assert not set(names(data="{ }")) & set(found), "other data, other runs"
 
 
+@pytest.mark.parametrize("key", ["encoder.weights", "data.descriptors"])
+def test_another_file_at_the_same_path_is_another_run(plan: Path, tmp_path: Path, key: str) -> None:
+    def names() -> list[str]:
+        made = study.runs(plan, study.read_plan(plan), shards(tmp_path), tmp_path, 1)
+        return [run.name for run in made]
+
+    plain, named = names(), [tmp_path / name for name in ("a.bin", "b.bin")]
+    assert plain[0] == "base-s0-fafcbe364c1e", "of a run that names no file the key stays as it was"
+    arm = {"name": "given", "overrides": [f"{key}={named[0]}"]}
+    write(tmp_path, {"title": "t", "base": "base.yaml", "arms": [arm]})
+    with pytest.raises(ValueError, match=rf"{key}=.*a\.bin: does not read \(No such file .*give a local file"):
+        names()
+    named[0].write_bytes(b"one")
+    first = names()
+    assert first[0] == plain[0] and names() == first
+    named[0].write_bytes(b"two")
+    assert names()[0] == first[0] and names()[1] != first[1]
+    named[1].write_bytes(b"one")
+    write(tmp_path, {"title": "t", "base": "base.yaml", "arms": [arm | {"overrides": [f"{key}={named[1]}"]}]})
+    assert names() == first, "the same file elsewhere is the same run"
+
+
 @pytest.mark.parametrize(
     ("arm", "fault"),
     [

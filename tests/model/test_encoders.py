@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from storm.model import flops
-from storm.model.encoders import ColourEncoder, TimmEncoder, facts, fit, tile_encoder
+from storm.model.encoders import LAYERS, ColourEncoder, TimmEncoder, facts, fit, tile_encoder
 from storm.model.layers import initialise
 from storm.presets import ModelConfig
 from tests.model.test_morphology import tiles
@@ -71,6 +71,12 @@ def test_counted_flops_of_a_vit_are_its_formula() -> None:
     assert flops.parameters(fitted, 10)["morphology"] == sum(p.numel() for p in encoder.parameters())
 
 
+@pytest.mark.parametrize(("key", "name"), [(key, name) for key, names in LAYERS.items() for name in names])
+def test_every_known_layer_is_built(key: str, name: str) -> None:
+    encoder = tile_encoder(config(encoder_options=VIT | {key: name}, train="full"))
+    assert encoder(tiles(1, 32), torch.ones(1))[0].isfinite().all()
+
+
 def test_colour_alone_is_blind_to_place() -> None:
     encoder = ColourEncoder(ModelConfig(tile_px=32, patch_px=8))
     pixels = tiles(2, 32)
@@ -87,6 +93,14 @@ def test_colour_alone_is_blind_to_place() -> None:
         ({"encoder_options": {"pretrained": True}}, "'pretrained' is none of"),
         ({"encoder_options": {"checkpoint_path": "x"}}, "'checkpoint_path' is none of"),
         ({"encoder_options": {"img_size": 48, "patch_size": 8}}, "does not read tiles of 32 px"),
+        ({"encoder_options": {"norm_layer": "LayerNorm"}}, "'norm_layer' is none of"),
+        (
+            {"encoder_options": {"mlp_layer": "Identity"}},
+            "mlp_layer='Identity' is none of Mlp, GluMlp, SwiGLU, SwiGLUPacked",
+        ),
+        ({"encoder_options": {"mlp_layer": "create_conv2d"}}, "mlp_layer='create_conv2d' is none of"),
+        ({"encoder_options": {"act_layer": "Transformer"}}, "act_layer='Transformer' is none of GELU, SiLU, ReLU"),
+        ({"encoder_options": {"act_layer": ["GELU"]}}, r"act_layer=\['GELU'\] is none of"),
         ({"encoder_options": {"num_heads": 0}}, "does not build it with"),
         ({"encoder_options": {"img_size": {}}}, "does not build it with"),
         ({"encoder_sha256": ""}, "stays at random"),
