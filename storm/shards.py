@@ -43,6 +43,14 @@ def _blank_header() -> bytes:
 _HEADER = _blank_header()
 _TAR = re.compile(r"\d{6,}\.tar")
 MANIFEST, GENES, CARD = "manifest.json", "genes.tsv", "README.md"
+# What a manifest and the entries in it must hold to be read; pack writes more.
+_KEYS = (
+    "gene_hash", "genes_sha256", "licenses", "organs", "panels", "prep", "reference", "slides", "split_by", "splits",
+    "tile_mpp", "tile_px",
+)  # fmt: skip
+_SPLIT = ("groups", "index_sha256", "profiles", "shards", "slides", "tiles")
+_SHARD, _SLIDE = ("bytes", "name", "sha256"), ("donor", "organ", "platform", "section", "study")
+_REFERENCE = ("footprint_kind", "footprint_um", "panel", "platform", "slide_log_density")
 _OPEN = 64  # tars that a process keeps open; a login shell's limit is often 1,024
 
 
@@ -241,6 +249,28 @@ class Tars:
             file.close()
 
 
+def _check_keys(manifest: dict[str, Any], path: Path) -> None:
+    """Raise ValueError where a manifest lacks a key, or holds what is no object or list where one belongs."""
+
+    def check(value: Any, keys: Sequence[str], *place: str) -> None:
+        lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
+        if lacking or not isinstance(value, dict):
+            fact = f"lacks the key {'.'.join([*place, *lacking[:1]])}" if lacking else f"{'.'.join(place)} is no object"
+            raise ValueError(f"{path}: {fact}; restore the file as pack wrote it, or pack again")
+
+    check(manifest, _KEYS)
+    check(manifest["reference"], _REFERENCE, "reference")
+    check(manifest["prep"], ("spots_side",), "prep")
+    for name, keys in (("slides", _SLIDE), ("panels", ("mask",)), ("splits", _SPLIT)):
+        check(manifest[name], (), name)
+        for key, entry in manifest[name].items():
+            check(entry, keys, name, key)
+    for split, entry in manifest["splits"].items():
+        listed = entry["shards"] if isinstance(entry["shards"], list) else [None]
+        for number, shard in enumerate(listed):
+            check(shard, _SHARD, "splits", split, "shards", str(number))
+
+
 class ShardSet:
     """A folder of shards, open for reading."""
 
@@ -248,8 +278,8 @@ class ShardSet:
         """Open a shard set.
 
         Raises:
-            ValueError: no manifest (pack writes it last), another schema version, a split or shard that is named as
-                pack names none, or genes that are missing or of another hash.
+            ValueError: no manifest (pack writes it last), another schema version, a key that is missing, a split or
+                shard that is named as pack names none, or genes that are missing or of another hash.
         """
         self.folder = folder
         path = folder / MANIFEST
@@ -260,6 +290,7 @@ class ShardSet:
         version = self.manifest.get("schema_version") if isinstance(self.manifest, dict) else None
         if version != schema.SCHEMA_VERSION:
             raise ValueError(f"{path}: schema version {version}, this code reads {schema.SCHEMA_VERSION}; pack again")
+        _check_keys(self.manifest, path)
         for split, entry in self.manifest["splits"].items():
             if entry.get("index_version") != VERSION:
                 raise ValueError(f"{path}: its index is of version {entry.get('index_version', 1)}, this code reads "

@@ -1,6 +1,7 @@
 """Shards: random access, verified; readable by plain webdataset; rebuilt byte for byte."""
 
 import io
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -178,6 +179,44 @@ def test_names_that_leave_the_set_are_refused(shard_copy: Path, what: str) -> No
     files.write_json(shard_copy / shards.MANIFEST, manifest)
     with pytest.raises(ValueError, match=rf"manifest\.json: names a {what} '\.\./.* which pack never writes"):
         shards.verify(shard_copy)
+
+
+def _without(values: Any, *place: str) -> None:
+    for part in place[:-1]:
+        values = values[0] if isinstance(values, list) else next(iter(values.values())) if part == "*" else values[part]
+    del values[place[-1]]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["tile_px", "reference", "splits", "reference.panel", "prep.spots_side", "slides.*.study", "panels.*.mask",
+     "splits.*.index_sha256", "splits.*.shards.*.name"],
+)  # fmt: skip
+def test_a_manifest_without_a_key_is_told_by_file_and_key(shard_copy: Path, place: str) -> None:
+    path = shard_copy / shards.MANIFEST
+    manifest = files.read_json(path)
+    _without(manifest, *place.split("."))
+    files.write_json(path, manifest)
+    told = (
+        re.escape(f"{path}: lacks the key ")
+        + place.replace(".", r"\.").replace("*", r"\w+")
+        + "; restore .* pack again"
+    )
+    with pytest.raises(ValueError, match=told):
+        shards.ShardSet(shard_copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [({"splits": 7}, "splits is no object"), ({"slides": {"a": []}}, r"lacks the key slides\.a\.donor"),
+     ({"splits": {"train": dict.fromkeys(("groups", "index_sha256", "profiles", "shards", "slides", "tiles"), 1)}},
+      r"lacks the key splits\.train\.shards\.0\.bytes")],
+)  # fmt: skip
+def test_a_manifest_of_other_types_is_told_by_file_and_key(shard_copy: Path, change: dict[str, Any], fact: str) -> None:
+    path = shard_copy / shards.MANIFEST
+    files.write_json(path, files.read_json(path) | change)
+    with pytest.raises(ValueError, match=rf"manifest\.json: {fact}; restore the file"):
+        shards.ShardSet(shard_copy)
 
 
 def test_genes_that_read_as_others_are_refused(shard_copy: Path) -> None:

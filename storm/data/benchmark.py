@@ -86,14 +86,19 @@ def _finish(folder: Path, entry: dict[str, Any], tile_px: int) -> None:
     ids = tuple(f"ENSG{i:011d}" for i in range(_GENES))
     genes = GeneTable(ids, ids, np.full(_GENES, 1 / _GENES))
     files.write_bytes(folder / shards.GENES, genes.to_tsv())
+    kind = {"organ": "breast", "platform": "visium", "split": "train"}
     slides = {
-        name: {"study": f"t{i % 5}", "donor": f"d{i}", "section": name, "platform": "visium", "split": "train"}
-        for i, name in enumerate(entry["slides"])
+        name: {"study": f"t{i % 5}", "donor": f"d{i}", "section": name} | kind for i, name in enumerate(entry["slides"])
     }
+    panel = pack_panel(np.ones(_GENES, dtype=bool))
     files.write_json(folder / shards.MANIFEST, {
         "schema_version": schema.SCHEMA_VERSION, "genes_sha256": files.sha256_file(folder / shards.GENES),
-        "gene_hash": genes.hash, "panels": {"p": {"mask": pack_panel(np.ones(_GENES, dtype=bool))}}, "slides": slides,
+        "gene_hash": genes.hash, "panels": {"p": {"mask": panel}}, "slides": slides, "organs": ["breast"],
         "tile_px": tile_px, "tile_mpp": 0.5, "split_by": "donor", "splits": {"train": entry},
+        "licenses": {}, "prep": {"spots_side": 6}, "reference": {
+            "footprint_kind": schema.DISC, "footprint_um": 55.0, "panel": panel, "platform": "visium",
+            "slide_log_density": 0.0,
+        },
     })  # fmt: skip
 
 

@@ -48,6 +48,10 @@ def write(
         "panels": {name: {"mask": pack_panel(mask)} for name, mask in samples.spec().panels.items()},
         "gene_hash": table.hash, "split_by": "donor", "tile_px": samples.TILE_PX, "tile_mpp": 1.0,
         "organs": ["breast"], "platforms": ["visium", "xenium"], "splits": {"train": entry},
+        "prep": {"spots_side": 2}, "reference": {
+            "footprint_kind": schema.DISC, "footprint_um": 55.0, "panel": pack_panel(samples.spec().panels["all"]),
+            "platform": "visium", "slide_log_density": 0.0,
+        },
         "slides": {name: slide(i) for i, name in enumerate(names)},
         "licenses": {f"t{i}": {"license": "CC0", "use_terms": "", "slides": 1, "profiles": 1} for i in range(2)},
     }  # fmt: skip
