@@ -10,7 +10,7 @@ from data_prep import build, pack
 from data_prep.synthetic import SIZES
 from data_prep.synthetic.corpus import COLUMNS, manifest_row, sections, write_section
 from storm import cli, export, files
-from storm.evaluate import footprints
+from storm.evaluate import additivity, footprints
 from storm.evaluate.additivity import PARTS
 from storm.evaluate.expression import Cohort, open_cohort
 from storm.evaluate.footprints import ALL, RIDGE, centred, discs, open_cells
@@ -145,7 +145,7 @@ def test_a_truth_that_is_given_is_not_asked_for_where_no_cells_share_a_disc(
     cells: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(footprints, "discs", lambda xy_um: np.full(len(xy_um), -1))
-    monkeypatch.setattr(footprints.additivity, "measure", lambda *given: {"skipped": "not asked here"})
+    monkeypatch.setattr(additivity, "measure", lambda *given: {"skipped": "not asked here"})
     pretrained = export.load(cells / "model")
     cohort = open_cohort(pretrained, cells / "stores", cells / "shards")
     found = footprints.evaluate(pretrained, cohort, 0, cells / "tissue" / "truth")
