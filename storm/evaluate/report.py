@@ -240,7 +240,8 @@ def score_table(values: dict[str, Any]) -> str:
     """Methods by columns as Markdown."""
     rows: list[list[object]] = []
     for method in values["methods"]:
-        cells = [f"{s['value']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in method["scores"].values()]
+        scores = [method["scores"][column] for column in values["columns"]]  # JSON sorts its keys
+        cells = [f"{s['value']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in scores]
         rows.append([f"**{method['name']}**" if method["role"] == "model" else method["name"], method["role"], *cells])
     return markdown(["method", "role", *values["columns"]], rows)
 
