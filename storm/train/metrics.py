@@ -82,6 +82,16 @@ def cut_back(path: Path, step: int) -> int:
     return len(lines) - len(kept)
 
 
+def wait_for_next_second(folder: Path) -> None:
+    """Wait until a new file of TensorBoard there is named after those that are, at most a second.
+
+    It reads them by name, which begins with the second of their making and goes on with numbers that do not sort: 10
+    stands before 9, and a purge before what it takes back.
+    """
+    last_s = max((int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0)
+    time.sleep(min(max(last_s + 1 - time.time(), 0.0), 1.0))
+
+
 class RunLog:
     """The open log of a run that continues after `step` steps."""
 
@@ -89,6 +99,7 @@ class RunLog:
         dropped = cut_back(run_dir / LOG, step)
         self._path = str(run_dir / LOG)
         self._lines = (run_dir / LOG).open("a", encoding="utf-8")
+        wait_for_next_second(run_dir / TENSORBOARD)
         self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1)
         self._told = time.monotonic()
         if step:
