@@ -125,6 +125,9 @@ class MaskConfig(Section):
     hide_tiles: float = Field(
         default=0.3, ge=0, le=1, description="probability of a hidden tile block in modes with genes"
     )
+    hide_all_tiles: float = Field(
+        default=0.0, ge=0, le=1, description="probability that in_context shows no tile: counts of neighbours alone"
+    )
     loss_genes: int = Field(
         default=2048, ge=1, description="genes in the loss of one step; all where the panel has fewer"
     )

@@ -99,7 +99,7 @@ def draw_view(group: Group, mask: MaskConfig, rng: np.random.Generator, panel: M
     visible_genes = panel if hidden_genes is None else panel & ~hidden_genes
     if rng.random() < mask.panel_subsampling:
         visible_genes = _subset(visible_genes, _log_uniform(_LEAST_PANEL, rng), rng)
-    hidden_tiles = _hide_tiles(group, mode, mask.hide_tiles, rng)
+    hidden_tiles = _hide_tiles(group, mode, mask, rng)
     jitter = mask.position_jitter
     flip, turns = (bool(rng.integers(2)), int(rng.integers(4))) if mask.flips else (False, 0)
     angle, scale = rng.uniform(0, 2 * np.pi), rng.uniform(1 - _SCALE_JITTER, 1 + _SCALE_JITTER)
@@ -169,11 +169,12 @@ def _too_near(group: Group, hidden: Mask, guard_um: float) -> Mask:
     return near
 
 
-def _hide_tiles(group: Group, mode: int, share: float, rng: np.random.Generator) -> frozenset[Place]:
-    """Tiles that are not encoded: none, all (gene_only), or a block of each region in the other modes with genes."""
-    if mode == GENE_ONLY:
+def _hide_tiles(group: Group, mode: int, mask: MaskConfig, rng: np.random.Generator) -> frozenset[Place]:
+    """Tiles that are not encoded: none, all (gene_only, at times in_context), or a block of each region in the other
+    modes with genes."""
+    if mode == GENE_ONLY or (mode == IN_CONTEXT and mask.hide_all_tiles and rng.random() < mask.hide_all_tiles):
         return frozenset(group.tiles)
-    if mode == IMAGE_ONLY or rng.random() >= share:
+    if mode == IMAGE_ONLY or rng.random() >= mask.hide_tiles:
         return frozenset()
     blocks = [(_span(r.rows, rng), _span(r.cols, rng)) for r in group.meta.regions]
     return frozenset(

@@ -5,6 +5,7 @@ gene, their mean, and its interval. A block is resampled as a whole, because nei
 draws; two ways of training are compared over donors, and over the seeds they were trained with.
 """
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +77,7 @@ def bootstrap(
 ) -> Floats:
     """[replicates, K] correlations of one section with its blocks drawn with replacement.
 
-    The draws depend on (seed, number of blocks) alone, so two methods on one section can be compared pair by pair.
+    The draws depend on (seed, profiles' blocks) alone, so two methods on one section can be compared pair by pair.
     """
     sums = _moments(predicted, measured, block)
     weight = block_weights(block, seed, replicates)
@@ -84,9 +85,13 @@ def bootstrap(
 
 
 def block_weights(block: npt.NDArray[np.int64], seed: int, replicates: int = REPLICATES) -> Floats:
-    """[replicates, blocks] how often each block is drawn; the same for any two methods on one section."""
+    """[replicates, blocks] how often each block is drawn; the same for any two methods on one section.
+
+    Where profiles lie in blocks is part of the key: sections of as many blocks must not be drawn alike, or the interval
+    of their mean would be too wide or too narrow.
+    """
     number = int(block.max()) + 1
-    rng = np.random.default_rng([seed, number])
+    rng = np.random.default_rng([seed, number, zlib.crc32(np.ascontiguousarray(block, "<i8").tobytes())])
     return rng.multinomial(number, np.full(number, 1 / number), size=replicates).astype(np.float64)
 
 

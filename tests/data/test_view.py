@@ -118,6 +118,16 @@ def test_stpath_hides_most_single_profiles_in_context() -> None:
     assert MaskConfig.model_validate(mask.model_dump()) == mask
 
 
+def test_in_context_shows_no_tile_as_often_as_asked_and_other_modes_keep_theirs() -> None:
+    group = samples.group(4)
+    for mode, expected in (("in_context", 0.4), ("gene_level", 0.0), ("image_only", 0.0)):
+        shares = {"image_only": 0.0, "in_context": 0.0, "gene_level": 0.0, "gene_only": 0.0} | {mode: 1.0}
+        mask = MaskConfig(**shares, **AS_IT_IS, hide_tiles=0.0, hide_all_tiles=0.4)
+        views = [draw_sample(group, mask, (0, 0, i), samples.PANEL)[1] for i in range(200)]
+        assert {len(view.hidden_tiles) for view in views} <= {0, len(group.tiles)}
+        assert np.mean([bool(view.hidden_tiles) for view in views]) == pytest.approx(expected, abs=0.08)
+
+
 def test_hidden_counts_move_no_input_of_a_pooled_and_recut_sample() -> None:
     """Regrouping reads places alone; the counts of cells that come to lie in hidden footprints reach no input."""
     mask = MaskConfig(**CONTEXT, pool_cells=1.0, recut=1.0, crop=0.0, thinning=0.7)

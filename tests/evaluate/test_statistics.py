@@ -38,10 +38,19 @@ def test_a_replicate_resamples_whole_blocks() -> None:
     block = np.repeat(np.arange(6), 10)
     x, y = rng.normal(size=(2, 60, 2))
     found = statistics.bootstrap(x, y, block, seed=3, replicates=5)
-    draws = np.random.default_rng([3, 6]).multinomial(6, np.full(6, 1 / 6), size=5)
+    draws = statistics.block_weights(block, 3, 5).astype(int)
+    assert (draws.sum(1) == 6).all() and len(np.unique(draws, axis=0)) > 1
     for replicate, weight in zip(found, draws, strict=True):
         rows = np.concatenate([np.flatnonzero(np.repeat(block == b, 1)) for b in range(6) for _ in range(weight[b])])
         np.testing.assert_allclose(replicate, [np.corrcoef(x[rows, k], y[rows, k])[0, 1] for k in range(2)], atol=1e-9)
+
+
+def test_sections_of_as_many_blocks_are_drawn_apart_and_methods_of_one_alike() -> None:
+    block = np.repeat(np.arange(6), 10)
+    other = np.concatenate([block[1:], block[-1:]])
+    assert (statistics.block_weights(block, 3) == statistics.block_weights(block.copy(), 3)).all()
+    together = np.corrcoef(statistics.block_weights(block, 3)[:, 0], statistics.block_weights(other, 3)[:, 0])[0, 1]
+    assert abs(together) < 0.15
 
 
 def test_intervals_of_smooth_fields_are_wider_than_those_of_noise() -> None:
