@@ -7,8 +7,8 @@ and their counts; visible profiles are context in every region that holds them. 
 Pearson per gene within the section over the asked profiles. Beside it: inverse distance, ordinary kriging, and ridges
 on the image whose residual is kriged; powers, ranges and nuggets are chosen per gene on training sections hidden alike.
 
-A visible profile nearer than a tile's width shares pixels with what is asked. So each score is also given over the
-asked profiles that have none so near (column `beyond a tile`).
+A visible profile nearer than a tile in x and in y shares pixels with what is asked. So each score is also given over
+the asked profiles that have none so near (column `beyond a tile`).
 """
 
 import dataclasses
@@ -44,18 +44,19 @@ LEAST_VISIBLE, LEAST_ASKED = 3, 20  # profiles of a section; a bin with fewer as
 BINS = (0.0, 1.0, 2.0, 4.0, np.inf)  # tile widths to the nearest visible profile
 
 _ABOUT = """Target lognorm, {genes} genes of rule var, Pearson per gene within a section over the asked profiles. The
-visible profiles are drawn at random over the section. *beyond a tile*: the asked profiles without a visible one nearer
-than a tile's width, which share hardly a pixel with one; the last columns: by distance to the nearest visible profile.
+visible profiles are drawn at random over the section. *beyond a tile*: the asked profiles about which a tile shares no
+pixel with one about a visible profile; the last columns: by distance to the nearest visible profile.
 Powers, ranges and nuggets of the baselines were chosen per gene on training sections that were hidden alike."""
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """A section of which some profiles are visible; `distance_um` [M] of the asked ones to the nearest visible one."""
+    """A section of which some profiles are visible; both distances [M] of the asked ones to the nearest visible one."""
 
     section: Section
     visible: Mask  # [N]
     distance_um: Floats
+    apart_um: Floats  # the larger of |dx|, |dy|: from a tile's width on the two tiles about them share no pixel
 
     @property
     def asked(self) -> Section:
@@ -68,8 +69,9 @@ def hide(section: Section, share: float, seed: int) -> Hidden:
     n = len(section.rows)
     visible = np.zeros(n, bool)
     visible[rng.permutation(n)[: max(LEAST_VISIBLE, round(share * n))]] = True
-    distance_um = spatial.KDTree(section.xy_um[visible]).query(section.xy_um[~visible])[0]
-    return Hidden(section, visible, distance_um)
+    near = spatial.KDTree(section.xy_um[visible])
+    distance_um, apart_um = (near.query(section.xy_um[~visible], p=norm)[0] for norm in (2, np.inf))
+    return Hidden(section, visible, distance_um, apart_um)
 
 
 def _case(hidden: Hidden, values: Floats) -> Case:
@@ -154,12 +156,11 @@ def model_predictions(
 
 
 def _score(
-    predicted: list[Floats], measured: list[Floats], test: list[Hidden], low_um: float, high_um: float, seed: int
+    predicted: list[Floats], measured: list[Floats], test: list[Hidden], keeps: list[Mask], seed: int
 ) -> Score | None:
-    """Over the asked profiles so far from the nearest visible one; None where no section has enough of them."""
+    """Over the asked profiles `keeps` [M] of each section; None where no section has enough of them."""
     parts = []
-    for values, truth, hidden in zip(predicted, measured, test, strict=True):
-        keep = (hidden.distance_um >= low_um) & (hidden.distance_um < high_um)
+    for values, truth, hidden, keep in zip(predicted, measured, test, keeps, strict=True):
         if keep.sum() >= LEAST_ASKED:
             parts.append((values[keep], truth[keep], take(hidden.asked, keep)))
     if not parts:
@@ -175,12 +176,14 @@ def compare(
     roles = {MODEL: "model"} | dict.fromkeys(REFERENCES, "reference")
     whole: dict[str, dict[str, Score]] = {"all": {}, "beyond a tile": {}}
     methods, versus = [], {}
+    ranges = [(low * tile_um, high * tile_um) for low, high in itertools.pairwise(BINS)]
+    ring = [[(h.distance_um >= low) & (h.distance_um < high) for h in test] for low, high in ranges]
+    kept = {"all": [h.distance_um >= 0 for h in test], "beyond a tile": [h.apart_um >= tile_um for h in test]}
     for name, values in predicted.items():
-        for column, low_um in (("all", 0.0), ("beyond a tile", tile_um)):
-            if found := _score(values, measured, test, low_um, np.inf, seed):
+        for column, keeps in kept.items():
+            if found := _score(values, measured, test, keeps, seed):
                 whole[column][name] = found
-        ranges = [(low * tile_um, high * tile_um) for low, high in itertools.pairwise(BINS)]
-        bins = [_score(values, measured, test, low, high, seed) for low, high in ranges]
+        bins = [_score(values, measured, test, keeps, seed) for keeps in ring]
         own = {column: of[name].json() for column, of in whole.items() if name in of}
         methods.append(
             {"name": name, "role": roles.get(name, "baseline"), "scores": own, "bins": [b and b.value for b in bins]}

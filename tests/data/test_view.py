@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from storm.config import MaskConfig
+from storm.config import MASK_MODES, MaskConfig
 from storm.data.batch import collate
 from storm.data.outline import radius_um, sample_points
 from storm.data.view import IN_CONTEXT, draw_sample, draw_view, plain_view, view_rng
@@ -121,8 +121,8 @@ def test_stpath_hides_most_single_profiles_in_context() -> None:
 def test_in_context_shows_no_tile_as_often_as_asked_and_other_modes_keep_theirs() -> None:
     group = samples.group(4)
     for mode, expected in (("in_context", 0.4), ("gene_level", 0.0), ("image_only", 0.0)):
-        shares = {"image_only": 0.0, "in_context": 0.0, "gene_level": 0.0, "gene_only": 0.0} | {mode: 1.0}
-        mask = MaskConfig(**shares, **AS_IT_IS, hide_tiles=0.0, hide_all_tiles=0.4)
+        shares = dict.fromkeys(MASK_MODES, 0.0) | {mode: 1.0}
+        mask = MaskConfig.model_validate(shares | AS_IT_IS | {"hide_tiles": 0.0, "hide_all_tiles": 0.4})
         views = [draw_sample(group, mask, (0, 0, i), samples.PANEL)[1] for i in range(200)]
         assert {len(view.hidden_tiles) for view in views} <= {0, len(group.tiles)}
         assert np.mean([bool(view.hidden_tiles) for view in views]) == pytest.approx(expected, abs=0.08)

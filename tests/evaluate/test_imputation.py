@@ -26,6 +26,8 @@ def test_a_keyed_share_is_visible_and_the_rest_is_asked() -> None:
         assert not np.array_equal(other.visible, found.visible)
     apart = np.linalg.norm(made.xy_um[~found.visible, None] - made.xy_um[None, found.visible], axis=-1)
     np.testing.assert_allclose(found.distance_um, apart.min(1))
+    shared = np.abs(made.xy_um[~found.visible, None] - made.xy_um[None, found.visible]).max(-1).min(1)
+    np.testing.assert_allclose(found.apart_um, shared)
     assert set(np.flatnonzero(found.visible)) & set(found.asked.rows) == set()
 
 
@@ -45,7 +47,7 @@ def test_kriging_finds_a_smooth_field_and_nothing_where_there_is_none() -> None:
     found = imputation.baselines(made, train, test)
     measured = [v[~h.visible] for h, v in zip(test, made.values[1], strict=True)]
     for name in ("inverse distance", "ordinary kriging", "mean + kriged residual"):
-        scored = imputation._score(found[name], measured, test, 0.0, np.inf, 0)
+        scored = imputation._score(found[name], measured, test, [h.distance_um >= 0 for h in test], 0)
         assert scored and scored.genes[:10].mean() > 0.8 and abs(scored.genes[10:].mean()) < 0.1, name
     # A constant added to what is kriged changes nothing: kriging knows no mean.
     np.testing.assert_allclose(found["mean + kriged residual"][0], found["ordinary kriging"][0], atol=1e-6)
@@ -63,7 +65,7 @@ def test_the_model_is_compared_with_the_best_rival_alone_and_by_distance() -> No
     assert model["role"] == "model" and model["scores"]["all"]["value"] > 0.99
     rows = int((test[0].distance_um < 112).sum()), int((test[0].distance_um >= 112).sum())
     assert min(rows) >= imputation.LEAST_ASKED and model["bins"][0] > 0.99 and model["bins"][3] is None
-    near = test[0].distance_um < 112
+    near = test[0].apart_um < 112
     blurred = [np.where(near[:, None], np.random.default_rng(0).normal(size=measured[0].shape), measured[0])]
     wrong = imputation.compare({**predicted, imputation.MODEL: blurred}, measured, test, 112.0, 0)["methods"][0]
     assert (

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
 
 from storm.presets import ModelConfig
 from storm.train import engine, meter, metrics
