@@ -54,11 +54,10 @@ class References:
 
 def references(cohort: Cohort, truth_dir: Path, seed: int = 0) -> References:
     """The baselines that are shown, and the oracle. Raises ValueError as `class_table`."""
-    truths = [read_truth(truth_dir, section, cohort.gene_ids) for section in cohort.test]
-    kind = truths[0][0]
+    kind, expected = read_truths(truth_dir, cohort.test, cohort.gene_ids)
     columns = np.flatnonzero(kind != "")
     measured = [targets.lognorm(section.counts[:, columns], section.depth) for section in cohort.test]
-    oracle = [np.log1p(LOGNORM_SCALE * expected[:, columns]) for _, expected in truths]
+    oracle = [np.log1p(LOGNORM_SCALE * values[:, columns]) for values in expected]
     found = baseline_scores(cohort, "lognorm", columns, seed, only=SHOWN)
     scores = {name: found[name].genes for name in SHOWN} | {ORACLE: _pearson(oracle, measured).mean(0)}
     return References(columns, kind[columns], measured, scores)
@@ -95,9 +94,25 @@ def skill(means: dict[str, float]) -> float | None:
     return (means[MODEL] - means["colour ridge"]) / room if room > 0.02 else None
 
 
-def read_truth(folder: Path, section: Section, gene_ids: list[str]) -> tuple[npt.NDArray[np.str_], Floats]:
-    """(class of each gene [K], '' where the truth does not know it; expected composition [N, K])."""
-    path = folder / f"{section.slide_id}.npz"
+def read_truths(
+    folder: Path, sections: list[Section], gene_ids: list[str]
+) -> tuple[npt.NDArray[np.str_], list[Floats]]:
+    """(class of each gene [K], '' where the truth does not know it; expected composition [N, K] of each section).
+
+    Raises:
+        ValueError: a section has no truth, or another one, or one that knows other genes than that of the first.
+    """
+    kinds, expected = zip(*(_read_truth(folder / f"{s.slide_id}.npz", s, gene_ids) for s in sections), strict=True)
+    for section, kind in zip(sections, kinds, strict=True):
+        if other := int((kind != kinds[0]).sum()):
+            raise ValueError(
+                f"{folder / section.slide_id}.npz: {other} genes have another class than in {sections[0].slide_id}.npz"
+                ", or none; give the truth folder of one corpus"
+            )
+    return kinds[0], list(expected)
+
+
+def _read_truth(path: Path, section: Section, gene_ids: list[str]) -> tuple[npt.NDArray[np.str_], Floats]:
     if not path.is_file():
         raise ValueError(f"{path}: no truth of this slide; give the truth folder of the store's own corpus")
     with np.load(path, allow_pickle=False) as arrays:

@@ -111,12 +111,12 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int, truth_dir: Path 
 
 
 def _by_truth(pretrained: Pretrained, cohort: Cohort, truth_dir: Path, seed: int) -> dict[str, Any]:
-    known = [classes.read_truth(truth_dir, section, cohort.gene_ids) for section in cohort.test]
-    columns = np.flatnonzero(known[0][0] != "")
-    kind = known[0][0][columns]
+    kind, expected = classes.read_truths(truth_dir, cohort.test, cohort.gene_ids)
+    columns = np.flatnonzero(kind != "")
+    kind = kind[columns]
     opened = [
         open_cells(section, cohort.stores[section.slide_id], share[:, columns])
-        for section, (_, share) in zip(cohort.test, known, strict=True)
+        for section, share in zip(cohort.test, expected, strict=True)
     ]
     asked = [cells for cells in opened if len(cells.disc)]
     if not asked:
