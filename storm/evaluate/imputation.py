@@ -1,6 +1,7 @@
 """Protocol 4, imputation: a share of a section's profiles is visible with its counts, the rest is asked.
 
-In: an export, a cohort. Out: a table (plain values, for JSON), by share and by distance to the nearest visible profile.
+In: an export, a cohort, for synthetic tissue its truth. Out: a table (plain values, for JSON), by share and by distance
+to the nearest visible profile; with a truth also by class of genes (storm.evaluate.classes).
 
 The visible profiles are drawn at random over the section, keyed by (seed, slide, share). The model is shown the pixels
 and their counts; visible profiles are context in every region that holds them. Target lognorm, genes by rule `var`,
@@ -14,6 +15,7 @@ the asked profiles that have none so near (column `beyond a tile`).
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ import numpy.typing as npt
 from scipy import spatial
 
 from storm import inference
-from storm.evaluate import interpolation, targets
+from storm.evaluate import classes, interpolation, targets
 from storm.evaluate.baselines import components, ridge_predict
 from storm.evaluate.expression import Cohort, Score, gene_rules, inputs, provenance, read, score
 from storm.evaluate.interpolation import Case
@@ -35,9 +37,9 @@ Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 PROTOCOL = "4, imputation of hidden profiles"
 SHARES = (0.05, 0.5)
-MODEL = "STORM (this project), H&E and visible counts"
+MODEL, BLIND = "STORM (this project), H&E and visible counts", "STORM (this project), H&E only"
 REFERENCES = {
-    "STORM (this project), H&E only": (False, True),
+    BLIND: (False, True),
     "STORM (this project), visible counts only": (True, False),
 }
 LEAST_VISIBLE, LEAST_ASKED = 3, 20  # profiles of a section; a bin with fewer asked ones is left out
@@ -172,13 +174,14 @@ def _score(
 def compare(
     predicted: dict[str, list[Floats]], measured: list[Floats], test: list[Hidden], tile_um: float, seed: int
 ) -> dict[str, Any]:
-    """Scores of all methods, and of the model against the best baseline; REFERENCES and MODEL are no rivals."""
+    """Scores of all methods, of the model against the best baseline, and of what visible counts add to H&E; REFERENCES
+    and MODEL are no rivals."""
     roles = {MODEL: "model"} | dict.fromkeys(REFERENCES, "reference")
     whole: dict[str, dict[str, Score]] = {"all": {}, "beyond a tile": {}}
     methods, versus = [], {}
     ranges = [(low * tile_um, high * tile_um) for low, high in itertools.pairwise(BINS)]
     ring = [[(h.distance_um >= low) & (h.distance_um < high) for h in test] for low, high in ranges]
-    kept = {"all": [h.distance_um >= 0 for h in test], "beyond a tile": [h.apart_um >= tile_um for h in test]}
+    kept = {"all": _every(test), "beyond a tile": [h.apart_um >= tile_um for h in test]}
     for name, values in predicted.items():
         for column, keeps in kept.items():
             if found := _score(values, measured, test, keeps, seed):
@@ -192,7 +195,36 @@ def compare(
         if rivals := {name: entry.value for name, entry in of.items() if name not in roles}:
             best = max(rivals, key=rivals.__getitem__)
             versus[column] = {"baseline": best, **of[MODEL].minus(of[best]).json()}
-    return {"methods": methods, "versus_best_baseline": versus}
+    added = {column: of[MODEL].minus(of[BLIND]).json() for column, of in whole.items() if of}
+    return {"methods": methods, "versus_best_baseline": versus, "counts_add": added}
+
+
+def by_class(
+    predicted: dict[str, list[Floats]],
+    measured: list[Floats],
+    test: list[Hidden],
+    kind: npt.NDArray[np.str_],
+    seed: int,
+) -> dict[str, Any]:
+    """Class -> its genes, the scores of all methods over the asked profiles, and what visible counts add to H&E."""
+    found = {}
+    for own in sorted(set(kind) - {""}):
+        of = {
+            name: _score(
+                [x[:, kind == own] for x in values], [y[:, kind == own] for y in measured], test, _every(test), seed
+            )
+            for name, values in predicted.items()
+        }
+        scores = {name: entry.json() for name, entry in of.items() if entry}
+        entry: dict[str, Any] = {"genes": int((kind == own).sum()), "scores": scores}
+        if (model := of[MODEL]) and (blind := of[BLIND]):
+            entry["counts_add"] = model.minus(blind).json()
+        found[str(own)] = entry
+    return found
+
+
+def _every(test: list[Hidden]) -> list[Mask]:
+    return [np.ones(len(h.distance_um), bool) for h in test]
 
 
 def of_size(sections: list[Section]) -> list[Section]:
@@ -200,14 +232,19 @@ def of_size(sections: list[Section]) -> list[Section]:
     return [section for section in sections if len(section.rows) >= LEAST_VISIBLE + LEAST_ASKED]
 
 
-def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str, Any]:
-    """The tables of protocol 4 as plain values."""
+def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0, truth_dir: Path | None = None) -> dict[str, Any]:
+    """The tables of protocol 4 as plain values.
+
+    Raises:
+        ValueError: a test section has no truth in the folder, or another one.
+    """
     train, test = of_size(cohort.train), of_size(cohort.test)
     if not train or not test:
         reason = f"needs a training and a test section of {LEAST_VISIBLE + LEAST_ASKED} profiles or more"
         return {"protocol": PROTOCOL, "skipped": reason}
     cohort = dataclasses.replace(cohort, train=train, test=test)
     columns = gene_rules(cohort)["var"]
+    kind = classes.read_truths(truth_dir, test, cohort.gene_ids)[0][columns] if truth_dir else None
     ground = prepare(pretrained, cohort, columns)
     tile_um, shares = pretrained.config.tile_um, []
     for share in SHARES:
@@ -217,7 +254,8 @@ def evaluate(pretrained: Pretrained, cohort: Cohort, seed: int = 0) -> dict[str,
         predicted |= baselines(ground, known, hidden)
         measured = [values[~h.visible] for h, values in zip(hidden, ground.values[1], strict=True)]
         sizes = {"visible": sum(int(h.visible.sum()) for h in hidden), "asked": sum(map(len, measured))}
-        shares.append({"share": share, **sizes, **compare(predicted, measured, hidden, tile_um, seed)})
+        of_class = {} if kind is None else {"classes": by_class(predicted, measured, hidden, kind, seed)}
+        shares.append({"share": share, **sizes, **compare(predicted, measured, hidden, tile_um, seed), **of_class})
     return {
         **provenance(pretrained, cohort, seed, PROTOCOL, "H&E and the counts of the visible profiles"),
         "target": "lognorm", "genes": len(columns), "bins_um": [b * tile_um for b in BINS[:-1]], "shares": shares,
@@ -239,5 +277,20 @@ def text(values: dict[str, Any]) -> str:
             f"* {column}: model - best baseline ({v['baseline']}) {told(v, '+')}, paired."
             for column, v in entry["versus_best_baseline"].items()
         ]
+        lines += [
+            f"* {column}: visible counts add {told(v, '+')} to H&E, paired."
+            for column, v in entry["counts_add"].items()
+        ]
         parts += [title, table(["method", "role", "all", "beyond a tile", *names], rows), "\n".join(lines)]
+        if "classes" in entry:
+            parts.append(_class_table(entry))
     return "\n\n".join(parts)
+
+
+def _class_table(entry: dict[str, Any]) -> str:
+    of = entry["classes"]
+    rows: list[list[object]] = [
+        [method["name"], *(told(of[kind]["scores"].get(method["name"])) for kind in of)] for method in entry["methods"]
+    ]
+    rows.append(["visible counts add to H&E, paired", *(told(of[kind].get("counts_add"), "+") for kind in of)])
+    return table(["gene class", *(f"{kind} ({of[kind]['genes']} genes)" for kind in of)], rows)

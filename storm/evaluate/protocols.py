@@ -16,8 +16,9 @@ from storm.export import Pretrained
 
 EXPRESSION = "expression"  # protocol 2: its tables and figures are the report's first part
 UNCERTAINTY = "uncertainty"  # protocol 10: it asks for validation sections
-_MODULES = {"imputation": imputation, "retrieval": retrieval, "probes": probes, UNCERTAINTY: uncertainty}
-_TEXTS = {**_MODULES, "transfer": transfer, "domains": domains, "unseen": unseen, "footprints": footprints}
+_MODULES = {"retrieval": retrieval, "probes": probes, UNCERTAINTY: uncertainty}
+_WITH_TRUTH = {"imputation": imputation, "footprints": footprints}
+_TEXTS = {**_MODULES, **_WITH_TRUTH, "transfer": transfer, "domains": domains, "unseen": unseen}
 NAMES = (EXPRESSION, "imputation", "domains", "retrieval", "transfer", "probes", "unseen", UNCERTAINTY, "footprints")
 
 
@@ -70,8 +71,8 @@ def run(
         return transfer.evaluate(pretrained, cohort, seed, rival)
     if name == "domains":
         return domains.evaluate(pretrained, cohort, seed, known.truth, known.labels)
-    if name == "footprints":
-        return footprints.evaluate(pretrained, cohort, seed, known.truth)
+    if name in _WITH_TRUTH:
+        return _WITH_TRUTH[name].evaluate(pretrained, cohort, seed, known.truth)
     if name == "unseen":
         table = descriptors.read(known.descriptors) if known.descriptors else None
         return unseen.evaluate(pretrained, cohort, table, seed)

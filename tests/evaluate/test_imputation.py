@@ -74,6 +74,20 @@ def test_the_model_is_compared_with_the_best_rival_alone_and_by_distance() -> No
     )
 
 
+def test_what_counts_add_is_told_by_class() -> None:
+    made, _, test = ground((0,), 2)
+    measured = [v[~h.visible] for h, v in zip(test, made.values[1], strict=True)]
+    kind = np.array(["c"] * 10 + [""] + ["e"] * 9)
+    blind = [np.where(kind == "c", np.random.default_rng(0).normal(size=v.shape), v) for v in measured]
+    predicted = {imputation.MODEL: measured, **dict.fromkeys(imputation.REFERENCES, blind)}
+    found = imputation.by_class(predicted, measured, test, kind, 0)
+    assert {name: of["genes"] for name, of in found.items()} == {"c": 10, "e": 9}
+    assert found["c"]["counts_add"]["low"] > 0.5 and abs(found["e"]["counts_add"]["value"]) < 1e-9
+    assert found["c"]["scores"][imputation.MODEL]["value"] > 0.99 > found["c"]["scores"][imputation.BLIND]["value"]
+    whole = imputation.compare(predicted, measured, test, 112.0, 0)
+    assert whole["counts_add"]["all"]["low"] > 0
+
+
 def test_training_predictions_are_out_of_fold() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 40)), rng.normal(size=(60, 1))  # features enough to learn noise by heart

@@ -57,6 +57,7 @@ def test_an_untrained_model_is_beaten(values: dict) -> None:
     half = {m["name"]: m["scores"]["all"]["value"] for m in shares[1]["methods"]}
     assert len(half) == 7 and half["ordinary kriging"] > 0.1
     assert shares[1]["versus_best_baseline"]["all"]["value"] < 0
+    assert set(shares[1]["classes"]) == set("abcde") and "visible counts add to H&E" in values["text"]
     for backend in values["protocols"]["domains"]["backends"].values():
         assert len(backend["methods"]) == 8
         assert all(-0.5 <= m["ari"]["low"] <= m["ari"]["high"] <= 1 for m in backend["methods"].values())
