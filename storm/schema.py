@@ -76,6 +76,10 @@ BATCH = {
     "input_gene": ("int64", "Z"),  # vocabulary index of a visible measured gene with count > 0
     "input_value": ("float32", "Z"),  # v = log1p(count * scale / visible depth)
     "input_offsets": ("int64", "R*N"),  # start of each profile's entries (embedding_bag offsets)
+    # What the shown genes of each group (B of them) are expected to be, of groups that show any.
+    "shown_gene": ("int64", "Y"),  # vocabulary index of a visible measured gene
+    "shown_value": ("float32", "Y"),  # v of the expected share: log1p(1e4 * share)
+    "shown_offsets": ("int64", "B+1"),  # start of each group's entries, and the end
     "input_log_depth": ("float32", "R N"),  # log1p(visible depth), visible genes only; 0 where none
     "input_log_genes": ("float32", "R N"),  # log1p(number of visible non-zero genes)
     "genes": ("int64", "K"),  # vocabulary indices of the loss genes

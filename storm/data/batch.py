@@ -284,7 +284,7 @@ def _inputs(layout: _Layout, spec: BatchSpec) -> None:
     """The visible expression: values, depth and number of genes, all of visible genes alone."""
     total = len(layout.regions) * layout.n
     row, gene, count = [], [], []
-    scale = np.zeros(total)
+    scale, shown = np.zeros(total), []
     for part in layout.parts:
         profiles, view = part.group.profiles, part.view
         places = part.region * layout.n + part.slot
@@ -295,6 +295,7 @@ def _inputs(layout: _Layout, spec: BatchSpec) -> None:
         panel = spec.panel(part.group)
         measured = panel if view.visible_genes is None else panel & view.visible_genes
         scale[places] = LOGNORM_SCALE * spec.share[measured].sum()
+        shown.append(np.flatnonzero(measured & view.visible.any()))
     rows, genes, counts = np.concatenate(row), np.concatenate(gene), np.concatenate(count)
     order = np.argsort(rows, kind="stable")
     rows, genes, counts = rows[order], genes[order], counts[order]
@@ -304,6 +305,9 @@ def _inputs(layout: _Layout, spec: BatchSpec) -> None:
     layout.out["input_gene"] = genes
     layout.out["input_value"] = np.log1p(counts * scale[rows] / depth[rows]).astype(np.float32)
     layout.out["input_offsets"] = np.cumsum(number) - number
+    layout.out["shown_gene"] = np.concatenate(shown)
+    layout.out["shown_value"] = np.log1p(LOGNORM_SCALE * spec.share[layout.out["shown_gene"]]).astype(np.float32)
+    layout.out["shown_offsets"] = np.cumsum([0, *map(len, shown)])
     layout.out["input_log_depth"] = np.log1p(depth).astype(np.float32).reshape(shape)
     layout.out["input_log_genes"] = np.log1p(number).astype(np.float32).reshape(shape)
 

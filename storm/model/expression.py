@@ -77,7 +77,12 @@ class Encoder(nn.Module):
 
 
 class BagEncoder(Encoder):
-    """z = W [sum_g v_g e_g / sqrt(n_g)] + MLP(log depth, log genes): no panel is built into it, and it is cheap."""
+    """z = W [sum_g (v_g - m_g) e_g sqrt(E / n)] + MLP(log depth, log genes), over the n genes that are shown.
+
+    No panel is built into it, and it is cheap. m_g is v_g at the expected share: without it a code would tell first of
+    all which genes are shown. e_g has length 1, so sqrt(E) brings the sum to unit coordinates, as the features of an
+    image come: one token ten times as long as another leaves the shorter one unlearned.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.fusion_width)
@@ -85,18 +90,22 @@ class BagEncoder(Encoder):
 
     def forward(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Code:
         """See `Code`; a profile without entries gets the code of depth 0."""
-        offsets, value = batch["input_offsets"], batch["input_value"]
-        ends = torch.cat([offsets[1:], offsets.new_tensor([len(value)])])
-        bag_ME = genes(batch["input_gene"], offsets, value, batch.get("gene_kept"))
-        bag_ME = bag_ME * (ends - offsets).clamp_min(1).to(bag_ME.dtype).rsqrt()[:, None]
-        return self.code(self.project(bag_ME).unflatten(0, batch["visible"].shape), batch)
+        kept, offsets, starts = batch.get("gene_kept"), batch["input_offsets"], batch["shown_offsets"]
+        bag_RNE = genes(batch["input_gene"], offsets, batch["input_value"], kept).unflatten(0, batch["visible"].shape)
+        mean_BE = genes(batch["shown_gene"], starts[:-1], batch["shown_value"], kept)
+        scale_B = (genes.embedding_dim / starts.diff().clamp_min(1)).to(mean_BE.dtype).sqrt()
+        group_R = batch["region_group"]
+        some_RN = batch["input_log_genes"] > 0
+        centred_RNE = (bag_RNE - mean_BE[group_R][:, None]) * scale_B[group_R][:, None, None] * some_RN[..., None]
+        return self.code(self.project(centred_RNE), batch)
 
 
 class TokenEncoder(Encoder):
     """A set transformer over the tokens of each profile; z = W [their mean] + MLP(log depth, log genes).
 
     A token is W e_g + MLP(v, log1p(count), percentile of the count's rank in its profile). Tokens of all profiles are
-    packed, so that nothing is padded, and a profile that shows no gene costs nothing.
+    packed, so that nothing is padded, and a profile that shows no gene costs nothing. e_g has length 1; what is fed of
+    it has unit coordinates, or the values would drown which gene it is.
     """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
@@ -110,7 +119,8 @@ class TokenEncoder(Encoder):
     def forward(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Code:
         """See `Code`; a profile without tokens has content 0."""
         offsets, profile_V = batch["token_offsets"], batch["token_profile"]
-        tokens_QD = self.gene(genes(batch["token_gene"], kept=batch.get("gene_kept")))
+        gene_QE = genes(batch["token_gene"], kept=batch.get("gene_kept")) * genes.embedding_dim**0.5
+        tokens_QD = self.gene(gene_QE)
         tokens_QD = tokens_QD + self.value(batch["token_value"])
         packing = Packing(offsets, len(batch["token_slots"]))
         tokens_QD = self.blocks(tokens_QD[None], context=packing)[0]

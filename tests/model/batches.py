@@ -107,6 +107,10 @@ def counts(out: dict, rng: np.random.Generator, regions: int, n: int, k: int) ->
     out["input_gene"] = np.concatenate(shown)
     out["input_value"] = rng.uniform(0.1, 4, sizes.sum())
     out["input_offsets"] = np.cumsum(sizes) - sizes
+    groups = np.flatnonzero(out["visible"].any(1))  # each region is one
+    out["shown_gene"] = np.tile(np.arange(20), len(groups))
+    out["shown_value"] = rng.uniform(0.1, 1, len(out["shown_gene"]))
+    out["shown_offsets"] = np.cumsum([0, *(20 * out["visible"].any(1))])
     out["input_log_genes"] = np.log1p(sizes).reshape(regions, n)
     out["input_log_depth"] = 2 * out["input_log_genes"]
     out["genes"] = np.arange(10, 10 + k)
