@@ -91,13 +91,13 @@ class BagEncoder(Encoder):
     def forward(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Code:
         """See `Code`; a profile without entries gets the code of depth 0."""
         kept, offsets, starts = batch.get("gene_kept"), batch["input_offsets"], batch["shown_offsets"]
-        bag_RNE = genes(batch["input_gene"], offsets, batch["input_value"], kept).unflatten(0, batch["visible"].shape)
+        ends = torch.cat([offsets[1:], offsets.new_tensor([len(batch["input_gene"])])])
+        bag_ME = genes(batch["input_gene"], offsets, batch["input_value"], kept)
         mean_BE = genes(batch["shown_gene"], starts[:-1], batch["shown_value"], kept)
         scale_B = (genes.embedding_dim / starts.diff().clamp_min(1)).to(mean_BE.dtype).sqrt()
-        group_R = batch["region_group"]
-        some_RN = batch["input_log_genes"] > 0
-        centred_RNE = (bag_RNE - mean_BE[group_R][:, None]) * scale_B[group_R][:, None, None] * some_RN[..., None]
-        return self.code(self.project(centred_RNE), batch)
+        group_M = batch["region_group"].repeat_interleave(batch["visible"].shape[1])
+        centred_ME = (bag_ME - mean_BE[group_M]) * (scale_B[group_M] * (ends > offsets))[:, None]
+        return self.code(self.project(centred_ME).unflatten(0, batch["visible"].shape), batch)
 
 
 class TokenEncoder(Encoder):

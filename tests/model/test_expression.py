@@ -48,7 +48,12 @@ def test_bag_equals_its_formula() -> None:
     for i, (start, end) in enumerate(pairwise(starts)):
         total = torch.zeros(16).double()
         for gene, value in zip(batch["input_gene"][start:end], batch["input_value"][start:end], strict=True):
-            total += value * genes.weight[gene] / (end - start) ** 0.5
+            total += value * genes.weight[gene]
+        group = int(batch["region_group"][i // batch["visible"].shape[1]])
+        own = slice(*batch["shown_offsets"][group : group + 2].tolist())
+        for gene, value in zip(batch["shown_gene"][own], batch["shown_value"][own], strict=True):
+            total -= value * genes.weight[gene] * (end > start)
+        total *= (16 / (own.stop - own.start)) ** 0.5
         torch.testing.assert_close(content[i], encoder.project(total))
         torch.testing.assert_close(out[i], encoder.project(total) + size_of(encoder, batch, i))
 
@@ -61,7 +66,8 @@ def test_tokens_equal_their_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.zeros_like(content)
     for place, (start, end) in zip(batch["token_profile"], pairwise(batch["token_offsets"].tolist()), strict=True):
         own = slice(start, end)
-        x = genes.weight[batch["token_gene"][own]] @ encoder.gene.weight.T + encoder.value(batch["token_value"][own])
+        x = 4 * genes.weight[batch["token_gene"][own]] @ encoder.gene.weight.T  # sqrt(16)
+        x = x + encoder.value(batch["token_value"][own])
         straight = rotation(torch.zeros(len(x), 2).double(), TOKENS.head_width, 50.0, 6400.0)
         for block in encoder.blocks.blocks:
             x = plain_block(block, x, straight, torch.ones(len(x), dtype=torch.bool))  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def test_targets_are_no_input(model: Storm, batch: Batch) -> None:
     """The model runs without them, bit for bit."""
     unread = {"target_count", "target_mask", "target_log_depth", "depth_target", "depth_mask", "tile_target"}
     unread |= {"place_um", "negatives"}
-    unread |= {"query", "wholly_hidden", "profile", "mode", "region_group"}
+    unread |= {"query", "wholly_hidden", "profile", "mode"}
     blind = model({name: x for name, x in batch.items() if name not in unread})
     assert all(torch.equal(x, blind[name]) for name, x in model(batch).items())
 
@@ -204,7 +204,7 @@ def unmeasured_genes_have_no_gradient(model: Storm, batch: Batch) -> None:
     assert {"decoder.gene_bias.weight", "decoder.platform_bias.weight"} <= tables
     for name in tables:
         assert not grads[name][~asked].any() and grads[name][asked].any()
-    asked[batch["input_gene"]] = True
+    asked[torch.cat([batch["input_gene"], batch["shown_gene"]])] = True
     assert not asked.all() and not grads["genes.weight"][~asked].any()
 
 
