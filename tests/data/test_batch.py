@@ -210,6 +210,19 @@ def test_values_by_hand() -> None:
     assert float(batch["depth_target"][0, 0]) == pytest.approx(np.log(12 / area) + 1.5, abs=1e-6)
 
 
+def test_what_a_group_shows_is_told_with_what_is_expected_of_it() -> None:
+    """The visible measured genes of each group, once; nothing of a group without a visible profile."""
+    groups, spec = [samples.group(0), samples.group(1, panel="all"), samples.group(2)], samples.spec()
+    some = samples.PANEL & (np.arange(samples.GENES) % 2 == 0)
+    views = [plain_view(groups[0], True), plain_view(groups[1], False), plain_view(groups[2], True)]
+    views[2] = dataclasses.replace(views[2], visible_genes=some)
+    batch = collate(groups, views, spec)
+    expected = [np.flatnonzero(samples.PANEL), np.flatnonzero(some)]
+    assert batch["shown_gene"].tolist() == np.concatenate(expected).tolist()
+    assert batch["shown_offsets"].tolist() == [0, len(expected[0]), len(expected[0]), sum(map(len, expected))]
+    np.testing.assert_allclose(batch["shown_value"], np.log1p(1e4 * spec.share[batch["shown_gene"]]), rtol=1e-6)
+
+
 def test_who_has_a_part_in_the_contrast_and_how_many_are_far() -> None:
     """Pair by pair in the slide's frame, whatever flips and turns do to the region's; without tiles nobody."""
     for index, mode in enumerate(("in_context", "gene_level", "gene_only") * 4):

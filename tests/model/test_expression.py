@@ -58,6 +58,37 @@ def test_bag_equals_its_formula() -> None:
         torch.testing.assert_close(out[i], encoder.project(total) + size_of(encoder, batch, i))
 
 
+def test_which_genes_are_shown_is_no_content() -> None:
+    """A profile of the expected counts has one and the same content whatever it shows."""
+    encoder, genes = BagEncoder(CONFIG), GeneEmbedding(N_GENES, 16)
+    batch = make_batch(regions=1, n=1)
+    for shown in (torch.arange(20), torch.arange(5, 9), torch.tensor([3])):
+        value = torch.rand(len(shown))
+        batch |= {"input_gene": shown, "input_value": value, "shown_gene": shown, "shown_value": value}
+        batch["shown_offsets"] = torch.tensor([0, len(shown)])
+        torch.testing.assert_close(encoder(genes, batch)[1][0, 0], encoder.project.bias)
+
+
+def test_content_starts_as_large_as_the_features_of_an_image_come() -> None:
+    """Coordinates of unit size, on a table and weights as they are drawn, for values that vary by 1."""
+    encoder, genes = BagEncoder(dataclasses.replace(CONFIG, gene_width=64)), GeneEmbedding(N_GENES, 64)
+    for module in (encoder, genes):
+        initialise(module, 0)
+    batch = make_batch(regions=1, n=200)
+    counts = torch.arange(0, 20 * 200, 20)
+    batch |= {
+        "input_gene": torch.arange(20).repeat(200),
+        "input_value": 1.5 + torch.randn(20 * 200),
+        "input_offsets": counts,
+    }
+    batch |= {
+        "shown_gene": torch.arange(20),
+        "shown_value": torch.full((20,), 1.5),
+        "shown_offsets": torch.tensor([0, 20]),
+    }
+    assert 0.8 < float(encoder(genes, batch)[1].std()) < 1.25
+
+
 def test_tokens_equal_their_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.model.test_layers.WIDTH", TOKENS.expression_width)
     monkeypatch.setattr("tests.model.test_layers.HEAD", TOKENS.head_width)
