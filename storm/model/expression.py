@@ -90,6 +90,10 @@ class BagEncoder(Encoder):
 
     def forward(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Code:
         """See `Code`; a profile without entries gets the code of depth 0."""
+        return self.code(self.content(genes, batch).unflatten(0, batch["visible"].shape), batch)
+
+    def content(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Tensor:
+        """[R N, F] of each profile; the bias alone where nothing is shown."""
         kept, offsets, starts = batch.get("gene_kept"), batch["input_offsets"], batch["shown_offsets"]
         ends = torch.cat([offsets[1:], offsets.new_tensor([len(batch["input_gene"])])])
         bag_ME = genes(batch["input_gene"], offsets, batch["input_value"], kept)
@@ -97,39 +101,38 @@ class BagEncoder(Encoder):
         scale_B = (genes.embedding_dim / starts.diff().clamp_min(1)).to(mean_BE.dtype).sqrt()
         group_M = batch["region_group"].repeat_interleave(batch["visible"].shape[1])
         centred_ME = (bag_ME - mean_BE[group_M]) * (scale_B[group_M] * (ends > offsets))[:, None]
-        return self.code(self.project(centred_ME).unflatten(0, batch["visible"].shape), batch)
+        content_MF: Tensor = self.project(centred_ME)
+        return content_MF
 
 
-class TokenEncoder(Encoder):
-    """A set transformer over the tokens of each profile; z = W [their mean] + MLP(log depth, log genes).
+class TokenEncoder(BagEncoder):
+    """The bag, and a set transformer over each profile's tokens: z = bag + W [their mean] + MLP(log depth, log genes).
 
-    A token is W e_g + MLP(v, log1p(count), percentile of the count's rank in its profile). Tokens of all profiles are
-    packed, so that nothing is padded, and a profile that shows no gene costs nothing. e_g has length 1; what is fed of
-    it has unit coordinates, or the values would drown which gene it is.
+    A token is W e_g sqrt(E) + MLP(v, log1p(count), percentile of the count's rank in its profile). Tokens of all
+    profiles are packed, so that nothing is padded, and a profile that shows no gene costs nothing. A mean over hundreds
+    of tokens hardly differs between profiles at the start: what is there to be learned from comes with the bag.
     """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
-        super().__init__(config.fusion_width)
+        super().__init__(config)
         width = config.expression_width
         self.gene = nn.Linear(config.gene_width, width, bias=False)
         self.value = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = Transformer(config.expression_depth, width, config.head_width, activation_checkpointing)
-        self.project = nn.Linear(width, config.fusion_width)
+        self.mix = nn.Linear(width, config.fusion_width, bias=False)
 
-    def forward(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Code:
-        """See `Code`; a profile without tokens has content 0."""
+    def content(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Tensor:
+        """[R N, F] of each profile; the bias alone where nothing is shown."""
         offsets, profile_V = batch["token_offsets"], batch["token_profile"]
         gene_QE = genes(batch["token_gene"], kept=batch.get("gene_kept")) * genes.embedding_dim**0.5
-        tokens_QD = self.gene(gene_QE)
-        tokens_QD = tokens_QD + self.value(batch["token_value"])
+        tokens_QD = self.gene(gene_QE) + self.value(batch["token_value"])
         packing = Packing(offsets, len(batch["token_slots"]))
         tokens_QD = self.blocks(tokens_QD[None], context=packing)[0]
         every = torch.arange(len(tokens_QD), device=tokens_QD.device)
         mean_VD = F.embedding_bag(every, tokens_QD, offsets[:-1], mode="mean")
-        content_VF = self.project(mean_VD) * (profile_V >= 0)[:, None]  # the dummy weighs nothing
-        content_MF = content_VF.new_zeros(batch["visible"].numel(), content_VF.shape[1])
-        content_MF = content_MF.index_add(0, profile_V.clamp_min(0), content_VF)
-        return self.code(content_MF.unflatten(0, batch["visible"].shape), batch)
+        mixed_VF = self.mix(mean_VD) * (profile_V >= 0)[:, None]  # the dummy weighs nothing
+        content_MF = super().content(genes, batch)
+        return content_MF.index_add(0, profile_V.clamp_min(0), mixed_VF.to(content_MF.dtype))
 
 
 def expression_encoder(config: ModelConfig, activation_checkpointing: bool = False) -> BagEncoder | TokenEncoder:

@@ -101,11 +101,11 @@ def _align(config: ModelConfig) -> int:
 
 def _encoder(config: ModelConfig) -> int:
     """Parameters from genes to the code of a profile, beside those of its depth."""
+    bag, width = _linear(config.gene_width, config.fusion_width), config.expression_width
     if config.expression == "bag":
-        return _linear(config.gene_width, config.fusion_width)
-    width = config.expression_width
+        return bag
     token = config.gene_width * width + _linear(3, width) + _linear(width, width)
-    return token + _transformer(config.expression_depth, width, config) + _linear(width, config.fusion_width)
+    return bag + token + _transformer(config.expression_depth, width, config) + width * config.fusion_width
 
 
 def _linear(into: int, out: int) -> int:
@@ -169,11 +169,12 @@ def _products(config: ModelConfig, size: Sizes) -> dict[str, tuple[float, float]
 def _encoding(config: ModelConfig, size: Sizes) -> tuple[float, float]:
     """Of what a profile shows of its genes; as `_products`."""
     gene, fusion, width = config.gene_width, config.fusion_width, config.expression_width
+    bag = size.profiles * gene * fusion, size.profiles * config.descriptor_width * gene
     if config.expression == "bag":
-        return size.profiles * gene * fusion, size.profiles * config.descriptor_width * gene
+        return bag
     blocks = config.expression_depth * _block(width, size.shown, size.shown, size.shown_pairs)
     whole = size.shown * (gene * width + width**2) + size.expressed * width * fusion + blocks
-    return whole, size.shown * (3 * width + config.descriptor_width * gene)
+    return bag[0] + whole, bag[1] + size.shown * (3 * width + config.descriptor_width * gene)
 
 
 def _block(width: int, tokens: float, context: float, pairs: float) -> float:

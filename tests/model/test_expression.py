@@ -40,10 +40,9 @@ def size_of(encoder: BagEncoder | TokenEncoder, batch: Batch, i: int) -> Tensor:
     return found
 
 
-def test_bag_equals_its_formula() -> None:
-    torch.manual_seed(0)
-    genes, encoder, batch = GeneEmbedding(N_GENES, 16).double(), BagEncoder(CONFIG).double(), double(make_batch())
-    out, content = (x.flatten(0, 1) for x in encoder(genes, batch))
+def plain_bag(genes: GeneEmbedding, encoder: BagEncoder, batch: Batch) -> Tensor:
+    """[R N, F], one profile and one gene after the other."""
+    found = []
     starts = [*batch["input_offsets"].tolist(), len(batch["input_gene"])]
     for i, (start, end) in enumerate(pairwise(starts)):
         total = torch.zeros(16).double()
@@ -54,8 +53,17 @@ def test_bag_equals_its_formula() -> None:
         for gene, value in zip(batch["shown_gene"][own], batch["shown_value"][own], strict=True):
             total -= value * genes.weight[gene] * (end > start)
         total *= (16 / (own.stop - own.start)) ** 0.5
-        torch.testing.assert_close(content[i], encoder.project(total))
-        torch.testing.assert_close(out[i], encoder.project(total) + size_of(encoder, batch, i))
+        found.append(encoder.project(total))
+    return torch.stack(found)
+
+
+def test_bag_equals_its_formula() -> None:
+    torch.manual_seed(0)
+    genes, encoder, batch = GeneEmbedding(N_GENES, 16).double(), BagEncoder(CONFIG).double(), double(make_batch())
+    out, content = (x.flatten(0, 1) for x in encoder(genes, batch))
+    expected = plain_bag(genes, encoder, batch)
+    torch.testing.assert_close(content, expected)
+    torch.testing.assert_close(out, expected + torch.stack([size_of(encoder, batch, i) for i in range(len(out))]))
 
 
 def test_which_genes_are_shown_is_no_content() -> None:
@@ -94,7 +102,7 @@ def test_tokens_equal_their_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.model.test_layers.HEAD", TOKENS.head_width)
     genes, encoder, batch = GeneEmbedding(N_GENES, 16).double(), token_encoder(), double(make_batch(config=TOKENS))
     out, content = (x.flatten(0, 1) for x in encoder(genes, batch))
-    expected = torch.zeros_like(content)
+    expected = plain_bag(genes, encoder, batch).clone()
     for place, (start, end) in zip(batch["token_profile"], pairwise(batch["token_offsets"].tolist()), strict=True):
         own = slice(start, end)
         x = 4 * genes.weight[batch["token_gene"][own]] @ encoder.gene.weight.T  # sqrt(16)
@@ -102,7 +110,7 @@ def test_tokens_equal_their_formula(monkeypatch: pytest.MonkeyPatch) -> None:
         straight = rotation(torch.zeros(len(x), 2).double(), TOKENS.head_width, 50.0, 6400.0)
         for block in encoder.blocks.blocks:
             x = plain_block(block, x, straight, torch.ones(len(x), dtype=torch.bool))  # type: ignore[arg-type]
-        expected[place] = encoder.project(rms(x, encoder.blocks.norm.weight).mean(0))
+        expected[place] += encoder.mix(rms(x, encoder.blocks.norm.weight).mean(0))
     torch.testing.assert_close(content, expected)
     sizes = torch.stack([size_of(encoder, batch, i) for i in range(len(out))])
     torch.testing.assert_close(out, expected + sizes)
@@ -134,14 +142,15 @@ def test_a_batch_without_any_entry_encodes_and_has_zero_gradients(expression: st
     batch["visible"][:] = False
     out, content = encoder(genes, completed(batch))
     out.sum().backward()
-    assert torch.isfinite(out).all() and (expression == "bag" or not content.any())
+    assert torch.isfinite(out).all() and torch.equal(content, encoder.project.bias.expand_as(content))
     for parameter in (*genes.parameters(), *encoder.parameters()):
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all()
     assert genes.weight.grad is not None and not genes.weight.grad.any()
 
 
+@pytest.mark.parametrize("expression", EXPRESSIONS)
 @pytest.mark.parametrize("count", [0, 1, 50_000])
-def test_any_count_encodes(count: int) -> None:
+def test_any_count_encodes(count: int, expression: str) -> None:
     """A lone profile of one gene, and of none."""
     shown = torch.ones(1, dtype=torch.bool).numpy()
     row = torch.zeros(min(count, 1), dtype=torch.long).numpy()
@@ -151,8 +160,11 @@ def test_any_count_encodes(count: int) -> None:
     )  # fmt: skip
     batch = {name: torch.from_numpy(array) for name, array in tokens.pack([found]).items()}
     batch |= {name: torch.full((1, 1), float(count)).log1p() for name in ("input_log_depth", "input_log_genes")}
-    batch["visible"] = torch.ones(1, 1, dtype=torch.bool)
-    encoder = TokenEncoder(TOKENS)
+    batch |= {"visible": torch.ones(1, 1, dtype=torch.bool), "region_group": torch.zeros(1).long()}
+    batch |= {"input_gene": torch.from_numpy(row), "input_value": torch.full((len(row),), 1e4).log1p()}
+    batch |= {"input_offsets": torch.zeros(1).long(), "shown_gene": torch.arange(N_GENES)}
+    batch |= {"shown_value": torch.full((N_GENES,), 1e4 / N_GENES).log1p(), "shown_offsets": torch.tensor([0, N_GENES])}
+    encoder = expression_encoder(dataclasses.replace(TOKENS, expression=expression))
     initialise(encoder, 0)
     assert torch.isfinite(encoder(GeneEmbedding(N_GENES, 16), batch)[0]).all()
 
