@@ -5,7 +5,7 @@ In: the model's outputs and the batch (storm.schema.BATCH). Out: {term: (sum, co
     expr     counts of hidden genes under the model's likelihood        per profile
     depth    slide-centred log depth of wholly hidden profiles          per profile
     image    stain statistics of hidden tiles                           per tile
-    corr     1 - Pearson over the hidden profiles of a group            per gene and group
+    corr     1 - Pearson over the profiles of a group that hide a gene  per gene and group
     spatial  expr once more, where others of the section are visible    per profile
     align    InfoNCE between a window's image and its expression        per profile
     anchor   distance to the frozen feature of the tile                 per tile
@@ -163,15 +163,15 @@ def image(outputs: Batch, batch: Batch) -> Term:
 def corr_pairs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """What `corr` correlates: profiles and genes [R, N, K], their number [R, K] of each group and gene, and which
     groups and genes [R, K] have enough of them."""
-    mask_RNK, group_R = batch["target_mask"] & batch["wholly_hidden"][..., None], batch["region_group"]
+    mask_RNK, group_R = batch["target_mask"], batch["region_group"]
     n_RK = of_groups(mask_RNK.sum(1), group_R)
     nonzero_RK = of_groups((mask_RNK & (batch["target_count"] > 0)).sum(1), group_R)
     return mask_RNK, n_RK, (n_RK >= CORR_PROFILES) & (nonzero_RK >= CORR_NONZERO)
 
 
 def corr(outputs: Batch, batch: Batch) -> Term:
-    """1 - Pearson between log composition and lognorm over the wholly hidden profiles of a group: sum over groups and
-    genes.
+    """1 - Pearson between log composition and lognorm over the profiles of a group that hide a gene: sum over groups
+    and genes.
 
     Composition, not the mean count: depth is no part of it. No gradient flows through the denominator: each profile is
     pulled towards its gene's contrast, with a force that `CORR_EPS` bounds, and how far it goes is for expr to say.
