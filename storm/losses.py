@@ -173,7 +173,8 @@ def corr(outputs: Batch, batch: Batch) -> Term:
     """1 - Pearson between log composition and lognorm over the profiles of a group that hide a gene: sum over groups
     and genes.
 
-    Composition, not the mean count: depth is no part of it. No gradient flows through the denominator: each profile is
+    Composition, not the mean count: depth is no part of it. Where a profile shows other genes its depth is known, and
+    would pay: lognorm is regressed on log depth there. No gradient flows through the denominator: each profile is
     pulled towards its gene's contrast, with a force that `CORR_EPS` bounds, and how far it goes is for expr to say.
     """
     mask_RNK, n_RK, pair_RK = corr_pairs(batch)
@@ -182,9 +183,13 @@ def corr(outputs: Batch, batch: Batch) -> Term:
     def mean(x_RNK: Tensor) -> Tensor:
         return of_groups(torch.where(mask_RNK, x_RNK, 0).sum(1), group_R) / n_RK
 
-    x_RNK, y_RNK = (
-        x - mean(x)[group_R][:, None] for x in (wide(outputs["log_composition"]), lognorm(batch).detach())
-    )  # fmt: skip
+    known_RN = batch["target_log_depth"].masked_fill(batch["wholly_hidden"], 0)
+    x_RNK, y_RNK, d_RNK = (
+        x - mean(x)[group_R][:, None]
+        for x in (wide(outputs["log_composition"]), lognorm(batch).detach(), known_RN[..., None].expand_as(mask_RNK))
+    )
+    slope_RK = mean(y_RNK * d_RNK) / mean(d_RNK**2).clamp_min(1e-9)
+    y_RNK = y_RNK - slope_RK[group_R][:, None] * d_RNK
     spread_RK = ((mean(x_RNK.detach() ** 2) + CORR_EPS) * (mean(y_RNK**2) + CORR_EPS)).sqrt()
     return over(1 - mean(x_RNK * y_RNK) / spread_RK, pair_RK)
 

@@ -153,14 +153,14 @@ def hidden_batch(composition: list[list[float]], lognorm: list[list[float]], gro
 
 
 def test_corr_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group of two regions; the profile that shows its counts and another group have no part."""
+    """A group of two regions; a profile that is not asked and another group have no part."""
     monkeypatch.setattr(losses, "CORR_PROFILES", 4)
     monkeypatch.setattr(losses, "CORR_NONZERO", 3)
     monkeypatch.setattr(losses, "CORR_EPS", 0.0)
     x, y = [[0.0, 1.0, 9.0], [2.0, 3.0, 9.0], [5.0, 1.0, 2.0]], [[1.0, 0.0, 9.0], [3.0, 2.0, 0.5], [1.0, 2.0, 3.0]]
     outputs, batch = hidden_batch(x, y, [0, 0, 1])
-    batch["target_mask"][0, 2] = False  # not measured
-    batch["wholly_hidden"][1, 2] = False
+    batch["target_mask"][0, 2] = False
+    batch["target_mask"][1, 2] = False
     total, count = losses.corr(outputs, batch)
     # x 0 1 2 3, y 1 0 3 2: covariance 3 / 4, both variances 5 / 4
     assert float(total) == pytest.approx(1 - 3 / 5) and float(count) == 1
@@ -170,6 +170,7 @@ def test_corr_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_corr_ignores_what_is_common_to_a_group_and_its_depth() -> None:
     batch = double(groups_batch())
+    batch["wholly_hidden"] = batch["profile"]
     outputs = outputs_for(batch)
     total, count = losses.corr(outputs, batch)
     shifted = outputs["log_composition"] + torch.tensor([3.0, 3.0, -2.0, -2.0])[:, None, None]
@@ -190,20 +191,33 @@ def test_corr_is_numpys_and_its_gradient_leaves_the_denominator_out() -> None:
     total, _ = losses.corr(outputs, batch)
     total.backward()
     x, y, grad = outputs["log_composition"].detach(), losses.lognorm(batch), outputs["log_composition"].grad
-    assert grad is not None
+    depth = torch.where(batch["wholly_hidden"], 0, batch["target_log_depth"])
+    assert grad is not None and (batch["target_mask"] & ~batch["wholly_hidden"][..., None]).any()
     expected = 0.0
     for group in range(2):
         rows = slice(2 * group, 2 * group + 2)
         for k in range(1, 12):
-            mask = (batch["target_mask"] & batch["wholly_hidden"][..., None])[rows, :, k]
-            a, b = x[rows, :, k][mask].numpy(), y[rows, :, k][mask].numpy()
-            a, b = a - a.mean(), b - b.mean()
+            mask = batch["target_mask"][rows, :, k]
+            a, b, d = (z[mask].numpy() for z in (x[rows, :, k], y[rows, :, k], depth[rows]))
+            a, b, d = a - a.mean(), b - b.mean(), d - d.mean()
+            b = b - d * (b * d).mean() / (d**2).mean()
             spread = math.sqrt(((a**2).mean() + losses.CORR_EPS) * ((b**2).mean() + losses.CORR_EPS))
             expected += 1 - (a * b).mean() / spread
             assert (a * b).mean() / spread == pytest.approx(np.corrcoef(a, b)[0, 1], abs=2e-3)
             np.testing.assert_allclose(grad[rows, :, k][mask].numpy(), -b / len(b) / spread, rtol=1e-9)
     assert float(total.detach()) == pytest.approx(expected)
-    assert not grad[~(batch["target_mask"] & batch["wholly_hidden"][..., None])].any()
+    assert not grad[~batch["target_mask"]].any()
+
+
+def test_corr_pays_nothing_for_a_depth_that_is_known() -> None:
+    """Hidden genes of profiles that show others: what follows from depth alone is no contrast of a gene."""
+    batch = double(groups_batch())
+    depth = torch.rand(batch["target_log_depth"].shape).double()
+    batch |= {"target_log_depth": depth, "target_count": (3 * depth).exp()[..., None].expand_as(batch["target_count"])}
+    outputs = {"log_composition": depth[..., None].expand_as(batch["target_count"])}
+    for hidden, least, most in ((batch["profile"], 0.0, 0.2), (torch.zeros_like(batch["profile"]), 0.7, 1.3)):
+        total, count = losses.corr(outputs, batch | {"wholly_hidden": hidden})
+        assert least <= float(total / count) <= most
 
 
 def test_a_composition_that_does_not_vary_has_a_bounded_gradient() -> None:
