@@ -33,7 +33,7 @@ from storm.schema import DISC, PLATFORMS, SQUARE
 WEIGHTS, CONFIG, PREPROCESSOR, GENES, SUMS = (
     "model.safetensors", "config.json", "preprocessor_config.json", "genes.tsv", "SHA256SUMS",
 )  # fmt: skip
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2  # 1: expression was not centred, the same weights answer otherwise
 _READ = ["model.safetensors", "model.json", "genes.tsv", "reference.json", "config.yaml"]  # of the checkpoint
 _IDENTITY = (CONFIG, PREPROCESSOR, GENES, WEIGHTS)  # what a prediction depends on
 _ANCHOR = "morphology.anchor."  # the frozen copy that the term anchor compares with: of training alone
@@ -237,7 +237,7 @@ def load(folder: str | Path) -> Pretrained:
     if config.get("export_version") != EXPORT_VERSION:
         raise ValueError(
             f"{folder / CONFIG}: export version {config.get('export_version')}, this code reads {EXPORT_VERSION}; "
-            "export the checkpoint again"
+            "use the code that wrote it, or train and export again"
         )
     genes = GeneTable.read(folder / GENES)
     _check(config, genes, folder / CONFIG)
