@@ -287,6 +287,10 @@ def export(args: argparse.Namespace) -> int:
     from storm import checkpoints
     from storm import export as exporter
 
+    if (args.run_dir / exporter.SUMS).is_file():
+        raise ValueError(
+            f"{args.run_dir}: is an export already, as {exporter.SUMS} tells; name its run folder, or use it by --model"
+        )
     checkpoint = args.checkpoint or checkpoints.latest(args.run_dir)
     text = args.license.read_text(encoding="utf-8") if args.license else None
     exporter.export(checkpoint, args.out, text)

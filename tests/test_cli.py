@@ -197,6 +197,11 @@ def test_a_wrong_model_and_unknown_slides(
 ) -> None:
     out = ["-o", str(tmp_path / "o.h5ad")]
     assert "SHA256SUMS" in fails(["embed", "--model", str(tmp_path), "--store", str(stores), *out], capsys)
+    run = untrained.write_checkpoint(tmp_path / "run").parent.parent
+    cure = f"python launch/export.py --run {run} --out EXPORT"
+    for folder in (run, next((run / "checkpoints").iterdir())):
+        assert cure in fails(["embed", "--model", str(folder), "--store", str(stores), *out], capsys)
+    assert "is an export already" in fails(["export", "--run", str(model), "--out", str(tmp_path / "x")], capsys)
     words = ["embed", "--model", str(model), "--store", str(stores)]
     assert "holds no slide 'three'" in fails([*words, "--slide", "three", *out], capsys)
     assert "give a folder" in fails([*words, *out], capsys)
