@@ -66,6 +66,11 @@ class Pretrained:
     code_version: str
     hash: str  # of weights, genes and configs: two exports with one hash predict alike
     symmetries: int = 1  # of the 8 flips and quarter turns: an answer is the mean over so many of them
+    name: str = ""  # of the folder
+
+    def __repr__(self) -> str:
+        tile = f"tiles of {self.config.tile_px} px at {self.config.tile_mpp:g} um/px"
+        return f"<STORM {self.name}: {len(self.genes)} genes, {tile}, hash {self.hash[:16]}, code {self.code_version}>"
 
     @property
     def panel(self) -> npt.NDArray[np.bool_]:
@@ -258,5 +263,5 @@ def load(folder: str | Path) -> Pretrained:
     identity = "".join(f"{name} {files.sha256_file(folder / name)}\n" for name in _IDENTITY)
     return Pretrained(
         model, model.config, genes, config["reference"], config["data"], config["code_version"],
-        files.sha256_of(identity.encode()),
+        files.sha256_of(identity.encode()), name=folder.resolve().name,
     )  # fmt: skip
