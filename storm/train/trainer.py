@@ -232,7 +232,7 @@ class Trainer:
                 record |= self.meter.read() | {"perf/checkpoint_s": self.checkpoint_s}
                 self.checkpoint_s = 0.0
                 if log:
-                    log.write(record)
+                    log.write(record, ends)
             if ends or self.schedule.due(self.step):
                 self._save()
         if log:
@@ -241,8 +241,9 @@ class Trainer:
         if self.world.rank == 0 and self.step == steps:
             files.write_json(self.run_dir / FINISHED, {"step": self.step, "code_version": checkpoints.code_version()})
         if self.world.rank == 0:
-            why = f", stopped by {reason.name}" if reason is self.requests.agreed else ""
-            print(f"{self.run_dir}: step {self.step} of {steps}{why}", flush=True)
+            why = f", stopped by {reason.name}; it is saved, the same command goes on"
+            told = why if reason is self.requests.agreed else ""
+            print(f"{self.run_dir}: step {self.step} of {steps}{told}", flush=True)
         return reason
 
     def _validates(self) -> Validation | None:
