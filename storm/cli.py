@@ -160,6 +160,8 @@ def _stores(args: argparse.Namespace) -> list[Path]:
     from storm import store
 
     found = [args.store] if args.store.is_file() else store.paths(args.store)
+    if args.store.is_dir() and not args.slide:
+        _tell_missing(args.store)
     if args.slide:
         by_id = {path.name.removesuffix(store.SUFFIX): path for path in found}
         unknown = [name for name in args.slide if name not in by_id]
@@ -171,6 +173,20 @@ def _stores(args: argparse.Namespace) -> list[Path]:
     if not found:
         raise ValueError(f"{args.store}: no slide is marked as split {args.split}; name slides with --slide")
     return found
+
+
+def _tell_missing(folder: Path) -> None:
+    """Say which slides a folder should hold by its records and manifests, and has no store of."""
+    from data_prep.packing import sources
+    from storm import store
+
+    try:
+        missing = sources.missing(folder, ())
+    except ValueError as error:  # a damaged list says nothing of the stores that are there
+        print(f"note: {error}", file=sys.stderr)
+        return
+    if gone := {name: why for name, why in missing.items() if not store.store_path(folder, name).is_file()}:
+        print(f"{folder}: {sources.told(gone)}", file=sys.stderr)
 
 
 def _built(args: argparse.Namespace, pretrained: "Pretrained", folder: Path) -> _Source:
@@ -287,6 +303,10 @@ def export(args: argparse.Namespace) -> int:
     from storm import checkpoints
     from storm import export as exporter
 
+    if (args.run_dir / exporter.SUMS).is_file():
+        raise ValueError(
+            f"{args.run_dir}: is an export already, as {exporter.SUMS} tells; name its run folder, or use it by --model"
+        )
     checkpoint = args.checkpoint or checkpoints.latest(args.run_dir)
     text = args.license.read_text(encoding="utf-8") if args.license else None
     exporter.export(checkpoint, args.out, text)

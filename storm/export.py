@@ -66,6 +66,11 @@ class Pretrained:
     code_version: str
     hash: str  # of weights, genes and configs: two exports with one hash predict alike
     symmetries: int = 1  # of the 8 flips and quarter turns: an answer is the mean over so many of them
+    name: str = ""  # of the folder
+
+    def __repr__(self) -> str:
+        tile = f"tiles of {self.config.tile_px} px at {self.config.tile_mpp:g} um/px"
+        return f"<STORM {self.name}: {len(self.genes)} genes, {tile}, hash {self.hash[:16]}, code {self.code_version}>"
 
     @property
     def panel(self) -> npt.NDArray[np.bool_]:
@@ -205,11 +210,20 @@ def _is_panel(text: str, n_genes: int) -> bool:
     return re.fullmatch(r"([0-9a-f]{2})+", text) is not None and len(text) == 2 * -(-n_genes // 8)
 
 
+def _instead(folder: Path) -> str:
+    """What a folder is that is no export, and what to do."""
+    in_run = (folder / checkpoints.MARKER).is_file()  # a checkpoint
+    if in_run or (folder / checkpoints.FOLDER).is_dir():
+        run = folder.resolve().parent.parent if in_run else folder
+        return f"this belongs to a run, make an export of it: python launch/export.py --run {run} --out EXPORT"
+    return "this is no complete export; name the folder that launch/export.py wrote, or export again"
+
+
 def verify(folder: Path) -> list[str]:
     """Check an export against its SHA256SUMS; one line per fault, none where all is well."""
     path = folder / SUMS
     if not path.is_file():
-        return [f"{path}: is missing; this is no complete export"]
+        return [f"{path}: is missing; {_instead(folder)}"]
     lines = [line.partition("  ") for line in path.read_text(encoding="utf-8").splitlines()]
     listed = {name: digest for digest, _, name in lines}
     faults = [f"{path}: does not list {name}; export again" for name in _IDENTITY if name not in listed]
@@ -249,5 +263,5 @@ def load(folder: str | Path) -> Pretrained:
     identity = "".join(f"{name} {files.sha256_file(folder / name)}\n" for name in _IDENTITY)
     return Pretrained(
         model, model.config, genes, config["reference"], config["data"], config["code_version"],
-        files.sha256_of(identity.encode()),
+        files.sha256_of(identity.encode()), name=folder.resolve().name,
     )  # fmt: skip

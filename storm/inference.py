@@ -317,7 +317,7 @@ def gene_indices(
     absent = [gene for gene in genes if gene not in by_name]
     if not found and not (table and unseen_rows(pretrained, table, absent)[0]):
         raise ValueError(
-            f"none of the {len(genes)} genes (as {genes[0]!r}) is in the model's reference panel; see genes.tsv. "
+            f"none of the {len(genes)} genes (as {genes[0]!r}) is in the model's reference panel; see genes.tsv; "
             f"{refusal(pretrained)}"
         )
     return np.array(found, dtype=np.int64), absent
@@ -325,9 +325,10 @@ def gene_indices(
 
 def refusal(pretrained: Pretrained) -> str:
     """Why a gene outside the reference panel is not predicted, and what would let it be."""
+    gene = "a gene outside the reference panel"
     if pretrained.config.descriptor_width:
-        return "A gene outside it needs a row in a table of descriptors of the kind the model was trained with"
-    return "A gene outside it cannot be known: the model was trained without descriptors of genes"
+        return f"{gene} needs a row in a table of descriptors of the kind the model was trained with"
+    return f"{gene} cannot be known: the model was trained without descriptors of genes"
 
 
 def unseen_rows(pretrained: Pretrained, table: Descriptors, genes: list[str]) -> tuple[dict[str, str], Floats]:

@@ -137,7 +137,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def nearest(name: str, known: list[str]) -> str:
     """' (nearest: ...)' with the known name most like `name`, or all known names, for an error message."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)  # below it names share letters, no meaning
     return f" (nearest: {close[0]})" if close else f" (known: {', '.join(known)})"
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import storm
+from data_prep import records, wanted
 from storm import cli, export
 from tests import untrained
 
@@ -78,6 +79,21 @@ def test_embed_of_a_folder_of_stores(model: Path, stores: Path, tmp_path: Path) 
     assert both.uns["storm"]["input"] == "H&E and counts" and both.X.sum() == two.X.sum()
     assert cli.main([*words, "--split", "test", "--out", str(tmp_path / "test")]) == 0
     assert len(list((tmp_path / "test").iterdir())) == 2
+
+
+def test_slides_whose_stores_are_gone_are_named(
+    model: Path, stores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in stores.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    records.write(tmp_path, records.Record("three", "built"))
+    wanted.write(tmp_path, tmp_path / "m.csv", ["one", "four"])
+    words = ["embed", "--model", str(model), "--store", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    told = capsys.readouterr().err
+    assert "2 slides are missing and left out:\n  four: not built" in told and "\n  three: its store is gone\n" in told
+    assert cli.main([*words, "--slide", "one"]) == 0
+    assert not capsys.readouterr().err
 
 
 def test_one_slide_that_fails_is_listed_and_the_rest_goes_on(
@@ -197,6 +213,11 @@ def test_a_wrong_model_and_unknown_slides(
 ) -> None:
     out = ["-o", str(tmp_path / "o.h5ad")]
     assert "SHA256SUMS" in fails(["embed", "--model", str(tmp_path), "--store", str(stores), *out], capsys)
+    run = untrained.write_checkpoint(tmp_path / "run").parent.parent
+    cure = f"python launch/export.py --run {run} --out EXPORT"
+    for folder in (run, next((run / "checkpoints").iterdir())):
+        assert cure in fails(["embed", "--model", str(folder), "--store", str(stores), *out], capsys)
+    assert "is an export already" in fails(["export", "--run", str(model), "--out", str(tmp_path / "x")], capsys)
     words = ["embed", "--model", str(model), "--store", str(stores)]
     assert "holds no slide 'three'" in fails([*words, "--slide", "three", *out], capsys)
     assert "give a folder" in fails([*words, *out], capsys)

@@ -15,6 +15,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
     ("word", "message"),
     [
         ("tile_pxx=1", r"tile_pxx is no key \(nearest: tile_px\)"),
+        ("patient=1", r"patient is no key \(known: tile_px, "),
         ("tile_px=many", "tile_px='many'"),
         ("tile_px=true", "tile_px=True"),
         ("tile_px=0", "greater than or equal to 16"),
@@ -92,7 +93,7 @@ def test_faults_of_a_file_name_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as told:
         config.load(RunConfig, path, ["train.steps=4", "seed=x"])
     assert {line.split(" ")[0] for line in str(told.value).splitlines()} == {f"{path}:", "command"}
-    assert "command line: train is no key (nearest: " in str(told.value)
+    assert "command line: train is no key (known: run_dir, " in str(told.value)
     for text in (b"\xff", b"seed: 2001-99-99", b"[" * 3000):
         path.write_bytes(text)
         with pytest.raises(ValueError, match=r"c\.yaml: not readable as YAML"):

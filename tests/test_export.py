@@ -41,8 +41,16 @@ def test_an_export_loads_to_the_weights_of_its_checkpoint(exported: Path) -> Non
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert not pretrained.model.training
     assert pretrained.genes.ids == untrained.GENES.ids
+    told = f"<STORM model: {len(untrained.GENES)} genes, tiles of "
+    assert repr(pretrained).startswith(told) and pretrained.hash[:16] in repr(pretrained)
     assert pretrained.panel.sum() == 32 and pretrained.panel[:32].all()
     assert files.read_json(exported / "preprocessor_config.json")["tile_mpp"] == 3.5
+
+
+def test_the_package_lists_what_it_looks_up_late() -> None:
+    code = "import sys, storm; print({'load', 'embed', 'predict'} <= set(dir(storm)), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n"
 
 
 def test_loading_needs_torch_safetensors_and_numpy_alone(exported: Path) -> None:

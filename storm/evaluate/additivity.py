@@ -131,7 +131,7 @@ def text(values: dict[str, Any]) -> str:
     for row in values["rows"]:
         low, middle, high = np.exp(row["log_ratio"])
         of = [f"{q[1]:+.3f} ({q[0]:+.3f} to {q[2]:+.3f})" for q in (row["depth"], row["shares"])]
-        rows.append([row["told"], f"{row['side_um']:g}", f"{middle:.3f} ({low:.3f}-{high:.3f})", *of,
+        rows.append([row["told"], f"{row['side_um']:g}", f"{middle:.3f} ({low:.3f} to {high:.3f})", *of,
                      f"{row['pearson']:.3f}"])  # fmt: skip
     return f"{_ABOUT.format(**values)}\n\n{table(head, rows)}"
 

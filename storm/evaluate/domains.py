@@ -224,7 +224,7 @@ def text(values: dict[str, Any]) -> str:
         rows: list[list[object]] = []
         for name, entry in of["methods"].items():
             quartiles = [entry[f"{key}_quartiles"] for key in ("ari", "nmi", "boundary_f1", "voted_ari")]
-            rows.append([name, told(entry["ari"]), *(f"{q[1]:.3f} ({q[0]:.3f}-{q[2]:.3f})" for q in quartiles)])
+            rows.append([name, told(entry["ari"]), *(f"{q[1]:.3f} ({q[0]:.3f} to {q[2]:.3f})" for q in quartiles)])
         head = ["method", "ARI", "ARI, median (IQR)", "NMI", "boundary F1", "ARI after one vote"]
         lines = [
             f"* {name} - best baseline ({v['baseline']}): {told(v, '+')}, paired."

@@ -68,7 +68,7 @@ def open_cohort(pretrained: Pretrained, store_dir: Path, shards_dir: Path) -> Co
         raise ValueError(
             f"{shards_dir / MANIFEST}: no slide is in split test; name test donors in the manifest's column split"
         )
-    stores = {name: _store(store_dir, name, manifest) for name in names["train"] + names["test"]}
+    stores = {name: _store(store_dir, name, shards_dir, manifest) for name in names["train"] + names["test"]}
     common = {pretrained.genes.ids[i] for i in np.flatnonzero(pretrained.panel)}
     for store in stores.values():
         common &= set(store.genes().ids)
@@ -87,7 +87,7 @@ def with_val(cohort: Cohort, store_dir: Path, shards_dir: Path) -> Cohort:
     """
     manifest = ShardSet(shards_dir).manifest
     names = [name for name, entry in sorted(manifest["slides"].items()) if entry["split"] == "val"]
-    stores = {name: _store(store_dir, name, manifest) for name in names}
+    stores = {name: _store(store_dir, name, shards_dir, manifest) for name in names}
     fit = [store for store in stores.values() if set(cohort.gene_ids) <= set(store.genes().ids)]
     val = [open_section(store, cohort.gene_ids) for store in fit]
     return dataclasses.replace(
@@ -95,10 +95,13 @@ def with_val(cohort: Cohort, store_dir: Path, shards_dir: Path) -> Cohort:
     )  # fmt: skip
 
 
-def _store(store_dir: Path, name: str, manifest: Mapping[str, Any]) -> SlideStore:
+def _store(store_dir: Path, name: str, shards_dir: Path, manifest: Mapping[str, Any]) -> SlideStore:
     path = store_dir / f"{name}{SUFFIX}"
     if path.is_file() and files.sha256_file(path) != manifest["slides"][name]["store_sha256"]:
-        raise ValueError(f"{path}: not the store that was packed (sha256); pack again")
+        raise ValueError(
+            f"{path}: not the store that was packed into {shards_dir} (sha256); name stores and shards of one corpus, "
+            "or pack again"
+        )
     return SlideStore(path)
 
 

@@ -32,7 +32,7 @@ VALUES = "evaluation.json"
 GENES_DRAWN = 3
 NOTHING = protocols.Known()
 
-_REPORT = """# Report: protocol {protocol}
+_REPORT = """# Report: {name} (protocol {protocol})
 
 {split}{trained}Input of the model: {input}. Test: {test[sections]} sections of {test[donors]} donors, {test[profiles]}
 profiles; training: {train[sections]} sections of {train[donors]} donors, {train[profiles]} profiles.
@@ -133,13 +133,18 @@ def _printed(values: dict[str, Any]) -> list[str]:
     if "gene_classes" in values:
         parts.append(class_rows(values["gene_classes"]))
     for name, of in values.get("protocols", {}).items():
-        parts.append(f"## Protocol {of['protocol']}\n\n{protocols.text(name, of)}")
+        parts.append(f"## {_heading(name, of)}\n\n{protocols.text(name, of)}")
     return [part for part in parts if part]
+
+
+def _heading(name: str, values: dict[str, Any]) -> str:
+    """A protocol by the word of --protocols, and by its number."""
+    return f"{name} (protocol {values['protocol']})"
 
 
 def protocol_text(name: str, values: dict[str, Any]) -> str:
     """The section of report.md of a protocol other than 2: what was tested on whom, the tables, the provenance."""
-    parts = [f"# Report: protocol {values['protocol']}"]
+    parts = [f"# Report: {_heading(name, values)}"]
     if "skipped" not in values:
         parts += [line] if (line := _split_line(values)) else []
         parts += [] if values["model_trained_on_these_shards"] else [_FOREIGN]
@@ -296,7 +301,8 @@ def report_text(values: dict[str, Any], curve: bool) -> str:
     if not values["model_trained_on_these_shards"]:
         trained = f"{_FOREIGN}\n\n"
     return _REPORT.format(
-        protocol=values["protocol"], split=f"{line}\n\n" if (line := _split_line(values)) else "", trained=trained,
+        name=protocols.EXPRESSION, protocol=values["protocol"],
+        split=f"{line}\n\n" if (line := _split_line(values)) else "", trained=trained,
         input=values["input"], test=values["data"]["test"], train=values["data"]["train"], genes=values["genes"],
         replicates=values["bootstrap"]["replicates"], block_um=values["bootstrap"]["block_um"],
         table=score_table(values), versus=_versus(values), classes=classes, figures=f"\n{drawn}{loss}",

@@ -162,7 +162,8 @@ def text(values: dict[str, Any]) -> str:
             middle = entry["median rank"]
             rows.append([method, task, *cells, f"{middle['value']:.0f} ({middle['chance']:.0f})"])
     lines = [
-        f"* {CONTROL}, {task}: R@10 is {entry['R@10']['against_chance']} chance, MRR {entry['MRR']['against_chance']}."
+        f"* {CONTROL}, {task}: R@10 is {entry['R@10']['against_chance']} chance, MRR is "
+        f"{entry['MRR']['against_chance']} chance."
         for task, entry in values["methods"].get(CONTROL, {}).items()
     ]
     about = (

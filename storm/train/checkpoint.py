@@ -28,7 +28,8 @@ from torch import Tensor
 
 import storm
 from storm import checkpoints, files
-from storm.config import CheckpointConfig, StopConfig
+from storm.config import CheckpointConfig, RunConfig, StopConfig, dump
+from storm.data.corpus import Corpus
 from storm.data.order import Position
 from storm.genes import GeneTable
 from storm.presets import ModelConfig
@@ -54,6 +55,28 @@ class Contents:
     model: ModelConfig
     genes: GeneTable
     reference: dict[str, Any]
+
+
+def _reference(corpus: Corpus, seed: int) -> dict[str, Any]:
+    """What inference and the model card need of the data: no slide or donor is named."""
+    manifest = corpus.manifest
+    counted: dict[str, dict[str, dict[str, int]]] = {"study": {}, "organ": {}, "platform": {}}
+    for slide, profiles in corpus.profiles_of_slides().items():
+        for what, table in counted.items():
+            row = table.setdefault(manifest["slides"][slide][what], {"slides": 0, "profiles": 0})
+            row["slides"] += 1
+            row["profiles"] += profiles
+    return manifest["reference"] | {
+        "gene_hash": corpus.genes.hash, "split_by": manifest["split_by"], "seed": seed,
+        "shards_hash": corpus.hash, "spots_side": manifest["prep"]["spots_side"],
+        "licenses": {study: manifest["licenses"][study] for study in counted["study"]},
+        "studies": counted["study"], "organs": counted["organ"], "platforms": counted["platform"],
+    }  # fmt: skip
+
+
+def contents(config: RunConfig, corpus: Corpus) -> Contents:
+    """What a run of a fitted config is made of."""
+    return Contents(dump(config), config.model, corpus.genes, _reference(corpus, config.seed))
 
 
 class Schedule:
@@ -199,18 +222,37 @@ def check(path: Path, contents: Contents, world: World, allow: Collection[str] =
         ValueError: another model, other genes, another config, or a damaged file.
     """
     _verify_together(path, ["model.json", "genes.tsv", "config.yaml", "position.json"], world)
+    compare(path, contents, allow)
+    _verify_together(path, sorted(checkpoints.verify(path, [])["files"]), world)
+
+
+def compare(path: Path, contents: Contents, allow: Collection[str] = (), finished: bool = False) -> None:
+    """Compare what a checkpoint was made of with a run.
+
+    Args:
+        allow: keys of the config that may have changed.
+        finished: the run will not go on; then its shards are compared too, which no stream does any more.
+
+    Raises:
+        ValueError: another model, other genes, another config or, where finished, other shards.
+    """
+    told = "the run is finished, and " if finished else ""
     own = json.loads(json.dumps(asdict(contents.model)))  # tuples become lists, as in the file
     changes = _changes({"model": files.read_json(path / "model.json")["model"]}, {"model": own})
-    _refuse(path / "model.json", "the checkpoint is of another model", changes, "set these back")
+    _refuse(path / "model.json", f"{told}the checkpoint is of another model", changes, "set these back")
     if GeneTable.read(path / "genes.tsv").hash != contents.genes.hash:
-        raise ValueError(f"{path / 'genes.tsv'}: not the genes of the shards; resume with the shards of the run")
+        raise ValueError(f"{path / 'genes.tsv'}: {told}not the genes of the shards; resume with the shards of the run")
     before, now = yaml.safe_load((path / "config.yaml").read_text()), yaml.safe_load(contents.config)
     if unknown := sorted(set(allow) - (_flat(before).keys() | _flat(now).keys())):
         raise ValueError(f"--allow-change {unknown[0]}: is no key of the config; keys are written as in data.workers")
     changes = [change for change in _changes(before, now) if change.partition(":")[0] not in allow]
-    cure = "set these back, or name each with --allow-change"
-    _refuse(path / "config.yaml", "the run was started with other values", changes, cure)
-    _verify_together(path, sorted(checkpoints.verify(path, [])["files"]), world)
+    cure = "set these back" if finished else "set these back, or name each with --allow-change"
+    _refuse(path / "config.yaml", f"{told or 'the run '}was started with other values", changes, cure)
+    if finished and files.read_json(path / "reference.json")["shards_hash"] != contents.reference["shards_hash"]:
+        raise ValueError(
+            f"{path / 'reference.json'}: {told}was trained on other shards than {now['data']['shards']} (data.shards); "
+            "set it back, or choose another run_dir"
+        )
 
 
 def _verify_together(path: Path, names: list[str], world: World) -> None:

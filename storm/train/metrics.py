@@ -105,8 +105,8 @@ class RunLog:
         if step:
             self._append({"step": step, "event": "resumed", "lines_dropped": dropped})
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one step's record: the key `step`, and tags.
+    def write(self, record: dict[str, Any], last: bool = False) -> None:
+        """Append one step's record: the key `step`, and tags. The screen shows one now and then, and the last.
 
         Raises:
             KeyError: a name that is none of TAGS.
@@ -117,7 +117,7 @@ class RunLog:
         for tag, value in record.items():
             if tag != "step" and value is not None:
                 self._board.add_scalar(tag, value, record["step"])
-        if time.monotonic() - self._told >= TOLD_EVERY_S:
+        if last or time.monotonic() - self._told >= TOLD_EVERY_S:
             self._told = time.monotonic()
             self._tell(record)
 

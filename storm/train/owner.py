@@ -39,12 +39,13 @@ def _claim(run_dir: Path) -> Path:
 
 @contextlib.contextmanager
 def owned(run_dir: Path, world: World) -> Iterator[None]:
-    """Hold a run folder: rank 0 for all ranks, which must call it together.
+    """Hold a run folder: rank 0 for all ranks, which must call it together. One that it made and in which nothing was
+    written, as by a run that is refused, is removed again.
 
     Raises:
         ValueError: another living job holds it; raised on every rank.
     """
-    mine, fault = None, ""
+    mine, fault, is_new = None, "", not run_dir.exists()
     if world.rank == 0:
         try:
             mine = _claim(run_dir)
@@ -57,3 +58,6 @@ def owned(run_dir: Path, world: World) -> Iterator[None]:
     finally:
         if mine:
             mine.unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # it holds something
+                    run_dir.rmdir()

@@ -43,7 +43,7 @@ PREEMPTED = Reason(
     "TERM in a SLURM job: preemption, `scancel`", "checkpoint, then waits to be killed, at most 10 minutes", AGAIN,
     "SLURM after preemption; after 10 minutes the job itself; nobody after `scancel`",
 )  # fmt: skip
-TERMINATED = Reason("TERM elsewhere", "checkpoint", AGAIN, "who sent it")
+TERMINATED = Reason("TERM outside a SLURM job: somebody asked the program to end", "checkpoint", AGAIN, "who sent it")
 SIGNALLED = Reason("USR1 or USR2: `--signal=USR2@300` before the time limit", "checkpoint", AGAIN, "the job itself")
 TIME_LIMIT = Reason("the job ends within `stop.margin_s`", "checkpoint", AGAIN, "the job itself")
 REQUESTS = (STOP_FILE, PREEMPTED, TERMINATED, SIGNALLED, TIME_LIMIT)  # where several are asked for: the first

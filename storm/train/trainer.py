@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from storm import checkpoints, descriptors, files, losses
-from storm.config import RunConfig, dump
+from storm.config import RunConfig
 from storm.data.batch import BatchSpec, spec_of
 from storm.data.corpus import Corpus, open_corpus
 from storm.data.stream import Batch, GroupStream, batches
@@ -80,6 +80,7 @@ def pretrain(
     place = ranks.current()
     if (run_dir / FINISHED).is_file():
         if place.rank == 0:
+            _refuse_changed(config, run_dir, allow)
             print(f"{run_dir}: the run is finished ({FINISHED}); to train anew choose another run_dir")
         return stop.FINISHED
     world = engine.connect(place)
@@ -93,6 +94,13 @@ def pretrain(
             return reason
     finally:
         engine.disconnect()
+
+
+def _refuse_changed(config: RunConfig, run_dir: Path, allow: Collection[str]) -> None:
+    """Raise ValueError where a finished run was of another config or other shards: it is not what is asked for."""
+    if found := checkpoints.complete(run_dir):
+        shards = open_corpus(config.data)
+        checkpoint.compare(found[-1], checkpoint.contents(fitted(config, shards), shards), allow, finished=True)
 
 
 def fit_model(model: ModelConfig, shards: Corpus | ShardSet, weights: str = "") -> ModelConfig:
@@ -144,23 +152,6 @@ def cache_features(config: RunConfig, variants: int, splits: Sequence[str]) -> l
     return feature_cache.make(config, *build(config, shards), variants, splits)
 
 
-def reference(corpus: Corpus, seed: int) -> dict[str, Any]:
-    """What inference and the model card need of the data: no slide or donor is named."""
-    manifest = corpus.manifest
-    counted: dict[str, dict[str, dict[str, int]]] = {"study": {}, "organ": {}, "platform": {}}
-    for slide, profiles in corpus.profiles_of_slides().items():
-        for what, table in counted.items():
-            row = table.setdefault(manifest["slides"][slide][what], {"slides": 0, "profiles": 0})
-            row["slides"] += 1
-            row["profiles"] += profiles
-    return manifest["reference"] | {
-        "gene_hash": corpus.genes.hash, "split_by": manifest["split_by"], "seed": seed,
-        "shards_hash": corpus.hash, "spots_side": manifest["prep"]["spots_side"],
-        "licenses": {study: manifest["licenses"][study] for study in counted["study"]},
-        "studies": counted["study"], "organs": counted["organ"], "platforms": counted["platform"],
-    }  # fmt: skip
-
-
 def describe(network: Storm, table: descriptors.Descriptors, genes: GeneTable, world: engine.World) -> None:
     """Give the model the descriptors of its genes, and say how many have none."""
     found = descriptors.rows_of(table, genes)
@@ -200,7 +191,7 @@ class Trainer:
         self.validation = Validation(shards, spec, self.config, world, encoder) if watch else None
         self.schedule = checkpoint.Schedule(config.checkpoint, world)
         self.checkpoint_s = 0.0  # spent on saving since the last record of the log
-        self.contents = checkpoint.Contents(dump(self.config), model, shards.genes, reference(shards, config.seed))
+        self.contents = checkpoint.contents(self.config, shards)
 
     def start(self, resume: str, allow: Collection[str] = ()) -> None:
         """Continue from a checkpoint, or begin, and write the resolved configs."""
@@ -241,7 +232,7 @@ class Trainer:
                 record |= self.meter.read() | {"perf/checkpoint_s": self.checkpoint_s}
                 self.checkpoint_s = 0.0
                 if log:
-                    log.write(record)
+                    log.write(record, ends)
             if ends or self.schedule.due(self.step):
                 self._save()
         if log:
@@ -250,8 +241,9 @@ class Trainer:
         if self.world.rank == 0 and self.step == steps:
             files.write_json(self.run_dir / FINISHED, {"step": self.step, "code_version": checkpoints.code_version()})
         if self.world.rank == 0:
-            why = f", stopped by {reason.name}" if reason is self.requests.agreed else ""
-            print(f"{self.run_dir}: step {self.step} of {steps}{why}", flush=True)
+            why = f", stopped by {reason.name}; it is saved, the same command goes on"
+            told = why if reason is self.requests.agreed else ""
+            print(f"{self.run_dir}: step {self.step} of {steps}{told}", flush=True)
         return reason
 
     def _validates(self) -> Validation | None:

@@ -85,6 +85,7 @@ def test_all_faults_come_together(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         (",".join([*HEADER, "spilt"]), "line 1: 'spilt' is no column (nearest: split)"),
+        (",".join([*HEADER, "patient"]), "line 1: 'patient' is no column (known: slide_id, "),
         (",".join(HEADER[1:]), "line 1: column slide_id is missing"),
         (",".join([*HEADER, "organ"]), "line 1: column organ comes twice"),
         ("", "is empty"),

@@ -33,7 +33,7 @@ def test_each_protocol_is_reported_with_its_provenance(values: dict) -> None:
     found = values["protocols"]
     assert set(found) == set(protocols.NAMES) - {protocols.EXPRESSION}
     for name, of in found.items():
-        assert f"# Report: protocol {of['protocol']}" in values["text"]
+        assert f"# Report: {name} (protocol {of['protocol']})" in values["text"]
         if "skipped" not in of:
             assert of["split_by"] == "donor" and of["seed"] == 0 and of["input"], name
             assert {len(of[key]) for key in ("model_hash", "shards_sha256")} == {64}

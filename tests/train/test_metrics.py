@@ -95,6 +95,14 @@ def test_a_run_from_its_start_replaces_what_lies_there(tmp_path: Path) -> None:
     assert lines(tmp_path) == []
 
 
+def test_the_screen_shows_the_last_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = metrics.RunLog(tmp_path, 0)
+    log.write({"step": 1, "train/loss": 2.0})
+    log.write({"step": 2, "train/loss": 1.0}, last=True)
+    log.close()
+    assert capsys.readouterr().out == "step 2: loss 1.0000\n"
+
+
 def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
     log = metrics.RunLog(tmp_path, 0)
     with contextlib.suppress(OSError), Path("/dev/full").open("a") as full, pytest.raises(OSError, match=r"log\.jsonl"):

@@ -48,6 +48,16 @@ def test_a_living_owner_is_refused_and_a_killed_one_is_followed(
     assert not list(tmp_path.iterdir()) and f".{holder.pid}." not in mine.name
 
 
+def test_a_folder_that_stays_empty_is_removed_if_it_was_made(world: engine.World, tmp_path: Path) -> None:
+    for name, content in (("new", None), ("written", "log.jsonl"), ("before", None)):
+        if name == "before":
+            (tmp_path / name).mkdir()
+        with owned(tmp_path / name, world):
+            if content:
+                (tmp_path / name / content).touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "written"]
+
+
 @pytest.mark.parametrize(("restart", "taken"), [("0", False), ("1", True)])
 def test_a_requeue_of_the_same_job_follows_the_process_of_another_node(
     world: engine.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restart: str, taken: bool

@@ -192,8 +192,26 @@ def test_deepspeed_takes_keys_that_are_not_derived(tiny_shards: Path, world: eng
 
 def test_a_finished_run_is_left_alone(finished: Path, tiny_shards: Path, capsys: pytest.CaptureFixture) -> None:
     before = (finished / "log.jsonl").read_bytes()
-    pretrain(load(RunConfig, None, runs.words(tiny_shards, finished)))
+    words = runs.words(tiny_shards, finished, 2, "optim.steps=3", "checkpoint.every_steps=2")
+    pretrain(load(RunConfig, None, words))
     assert "the run is finished" in capsys.readouterr().out and (finished / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("word", "fact"),
+    [
+        ("optim.steps=14", r"config\.yaml: the run is finished, and .*other values \(optim\.steps: 3 -> 14\); set"),
+        ("model.space_depth=1", r"model\.json: the run is finished, and .* another model \(model\.space_depth: 2 -> 1"),
+    ],
+)
+def test_a_finished_run_of_another_config_is_refused(finished: Path, tiny_shards: Path, word: str, fact: str) -> None:
+    with pytest.raises(ValueError, match=fact):
+        pretrain(load(RunConfig, None, runs.words(tiny_shards, finished, 2, "optim.steps=3", word)))
+
+
+def test_a_finished_run_of_other_shards_is_refused(finished: Path, wide_shards: Path) -> None:
+    with pytest.raises(ValueError, match=r"is finished, and was trained on other shards than .*data\.shards.; set it"):
+        pretrain(load(RunConfig, None, runs.words(wide_shards, finished, 2, "optim.steps=3")))
 
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors", "rng_rank0.json", "optimizer_rank0.safetensors"])
