@@ -247,7 +247,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="over the config; the keys are those of PrepConfig in storm/config.py",
+        help="over the config; the keys are those of PrepConfig in storm/prep_config.py",
     )
     args = parser.parse_intermixed_args(words)
     return guarded(lambda: _run(args))

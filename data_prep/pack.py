@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="over the config; the keys are those of PrepConfig in storm/config.py",
+        help="over the config; the keys are those of PrepConfig in storm/prep_config.py",
     )
     return parser
 
