@@ -78,7 +78,8 @@ def choose_mpp(told: dict[str, float | None], config: PrepConfig) -> Mpp:
     source = next((s for s in ("manifest", "lattice", "matrix", "embedded") if s in usable), None)
     notes = [f"the {s} mpp of {v:.4g} is not believable and ignored" for s, v in told.items() if v and s not in usable]
     if source is None:
-        raise ValueError("; ".join([*notes, "the pixel size (mpp) is unknown; give um per pixel in the column mpp"]))
+        raise ValueError("; ".join([*notes, "the pixel size (mpp) is unknown; give um per pixel in the column mpp, "
+                                   "or by --mpp of storm embed and predict"]))  # fmt: skip
     chosen = usable[source]
     for other, value in usable.items():
         apart = abs(value / chosen - 1)
@@ -122,7 +123,7 @@ def read_alignment(path: Path, from_slide: bool = False) -> Alignment:
         ValueError: no such file, not an invertible affine matrix, fewer than three key points, or all on one line.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such alignment file; correct the manifest")
+        raise ValueError(f"{path}: no such alignment file; correct its path")
     try:
         with path.open(encoding="utf-8-sig") as handle:
             header = [name.strip(' "\r\n') for name in handle.readline(4096).split(",")]
@@ -177,7 +178,7 @@ def read_matrix(path: Path) -> Matrix:
         ValueError: no such file, or not an invertible affine 3 x 3 matrix.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such alignment file; correct the manifest")
+        raise ValueError(f"{path}: no such alignment file; correct its path")
     try:
         matrix = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
     except ValueError as error:

@@ -66,6 +66,19 @@ def _opens(folder: Path, record: Record) -> bool:
     return True
 
 
+def _other_tiles(rows: Sequence[ManifestRow], folder: Path, config: PrepConfig) -> dict[str, str]:
+    """slide id -> the tiles of its store, where they are not those of the config: such a store is replaced."""
+    found = {}
+    for row in rows:
+        try:
+            info = store.SlideStore(store.store_path(folder, row.slide_id)).info
+        except (ValueError, OSError):  # there is none, or none that opens
+            continue
+        if (info.tile_px, info.tile_mpp) != (config.tile_px, config.tile_mpp):
+            found[row.slide_id] = f"{info.tile_px} px at {info.tile_mpp} um/px"
+    return found
+
+
 def _cost(path: Path) -> dict[str, float]:
     """What a store's time and bytes went into; `grid` is the number of tiles that cover the slide."""
     info = store.SlideStore(path).info
@@ -128,7 +141,7 @@ def _state(record: Record, new: bool) -> str:
     return "failed" if record.state == "failed" else "built" if new else "current"
 
 
-def _line(record: Record, new: bool, folder: Path) -> str:
+def _line(record: Record, new: bool, folder: Path, was: str | None) -> str:
     if record.state == "failed":
         return f"{record.slide_id}: FAILED: {record.reason}"
     opened = store.SlideStore(store.store_path(folder, record.slide_id))
@@ -141,7 +154,8 @@ def _line(record: Record, new: bool, folder: Path) -> str:
     if new:
         parts.append(f"{record.seconds:.1f} s")
     notes = "".join(f"\n    {note}" for note in facts["notes"])
-    return f"{record.slide_id}: {_state(record, new)}: {', '.join(parts)}{notes}"
+    state = f"{_state(record, new)}{f' (replaced, was {was})' if was else ''}"
+    return f"{record.slide_id}: {state}: {', '.join(parts)}{notes}"
 
 
 def build(
@@ -152,12 +166,15 @@ def build(
     for place in (folder, scratch) if scratch else (folder,):
         files.sweep(place)
     work = functools.partial(attempt, folder=folder, config=config, scratch=scratch)
-    done = []
+    done, other = [], _other_tiles(rows, folder, config)
+    if other:
+        print(f"note: {len(other)} stores have other tiles than {config.tile_px} px at {config.tile_mpp} um/px and are "
+              "replaced as they are built; name another --store to keep them")  # fmt: skip
     died = functools.partial(_died, folder=folder)
     answers: Iterator[tuple[Record, bool]] = workers.run(rows, work, died, processes)
     with progress.Progress(len(rows)) as shown:
         for record, new in answers:
-            shown.step(_line(record, new, folder))
+            shown.step(_line(record, new, folder, other.get(record.slide_id)))
             done.append((record, new))
     return done
 
@@ -230,7 +247,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="over the config; the keys are those of PrepConfig in storm/config.py",
+        help="over the config; the keys are those of PrepConfig in storm/prep_config.py",
     )
     args = parser.parse_intermixed_args(words)
     return guarded(lambda: _run(args))

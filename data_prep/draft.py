@@ -239,6 +239,8 @@ def write(folder: Path, out: Path, force: bool) -> str:
             slides = [slide for slide, blank in found.blanks if blank == column]
             if slides:
                 lines.append(f"  {column}: {_listed(slides, len(found.rows))}")
+    lines.append("split is blank too, and may stay so; but nothing can be evaluated unless some donors are named test "
+                 "there, or plan and pack are given test_share=0.2 (val_share alike)")  # fmt: skip
     return "\n".join(lines)
 
 

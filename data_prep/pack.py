@@ -87,7 +87,8 @@ def open_job(
     """What is to be packed, from the records of the stores alone.
 
     Raises:
-        ValueError: nothing to pack, slides missing, a folder that is no shard set, or a set to append to that is none.
+        ValueError: nothing to pack, slides missing or built from other rows, a folder that is no shard set, or a set to
+            append to that is none.
     """
     options = options or Options()
     if not store_dir.is_dir():
@@ -100,6 +101,8 @@ def open_job(
     if left_out and not options.allow_missing:
         found_by.check_missing(store_dir, left_out)
     listed, held = found_by.listed(store_dir, left_out), found_by.held(options.append)
+    # What an older set holds stays where it is, whatever store and manifest say.
+    found_by.check_rows(store_dir, [source for source in listed if source.slide_id not in held.slides], rows)
     name = describe.fingerprint(listed, held, config, len(left_out))
     return Job(store_dir, out, config, options, listed, held, left_out, name)
 
@@ -193,7 +196,8 @@ def _table(manifest: dict[str, Any]) -> str:
         lines.append(f"{manifest['genes_left_out']} genes {why} are left out")
     if "test" not in manifest["splits"] and not manifest["appended_to"]:
         lines.append(
-            "NO TEST SPLIT: nothing to evaluate on; name test donors in the manifest's column split before training"
+            "NO TEST SPLIT: nothing to evaluate on; before training name test donors in the manifest's column split, "
+            "and build and pack again (or give pack test_share)"
         )
     return "\n".join(lines)
 
@@ -202,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_prep.pack", description="Slide stores -> shards.")
     parser.add_argument("--store", type=Path, required=True, help="folder of the slide stores")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shard set; replaced as a whole")
-    parser.add_argument("--manifest", type=Path, help="the stores' manifest: slides that were never built are missing")
+    parser.add_argument("--manifest", type=Path, help="the stores' manifest: every slide must be built, as it says")
     parser.add_argument("--root", type=Path, help="folder that the manifest's paths start from")
     parser.add_argument("--allow-missing", action="store_true", help="pack without the slides that are missing")
     parser.add_argument("--allow-duplicates", action="store_true", help="pack although splits share a section")
@@ -220,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="over the config; the keys are those of PrepConfig in storm/config.py",
+        help="over the config; the keys are those of PrepConfig in storm/prep_config.py",
     )
     return parser
 

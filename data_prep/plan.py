@@ -179,19 +179,6 @@ def _is_in_units(rows: Sequence[ManifestRow]) -> bool:
     return len({(row.measurement, row.image) for row in rows}) == 1 and len({row.unit for row in rows}) == len(rows)
 
 
-def split_lines(rows: Sequence[ManifestRow], config: PrepConfig) -> list[str]:
-    """A line for each split that would hold no slide, for a set without one measures nothing or learns nothing."""
-    told = splits.assign(cast(list[SlideInfo], rows), config)  # a row has what is read there, under the same names
-    given = "every row that counts names another split" if all(row.split for row in rows) else "too few are free"
-    unit = "donors" if config.split_by == "donor" else "sections"
-    return [
-        f"warning: no {split} split: none of the {len(rows)} slides would be in it ({given}); give rows of some {unit} "
-        f"the split {split}, or leave the column blank for more {unit}"
-        for split in ("train", "test")
-        if split not in told.values() and (split != "test" or config.test_share or any(row.split for row in rows))
-    ]
-
-
 def balanced(seconds: dict[str, float], count: int) -> list[list[str]]:
     """Slides dealt to `count` tasks, the longest first, each to the task with the least to do; no task is empty."""
     count = min(count, len(seconds))
@@ -357,7 +344,8 @@ def _run(args: argparse.Namespace) -> int:
     print(f"costs from {source}; a tile has {config.tile_px} px, {100 * model.tissue:.0f} % of a slide become tiles")
     if args.extrapolate and good:
         print(f"\nslides like these:\n{_scales(good, model, config, args.extrapolate)}")
-    for line in [*split_lines([one.row for one in checked], config), *shared_inputs(checked, config)]:
+    rows = cast(list[SlideInfo], [one.row for one in checked])  # a row has what is read of it, under the same names
+    for line in [*splits.empty_lines(rows, config), *shared_inputs(checked, config)]:
         print(line)
     for one in checked:
         if one.before and not one.faults:

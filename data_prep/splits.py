@@ -81,3 +81,21 @@ def assign(infos: Sequence[SlideInfo], config: PrepConfig) -> dict[str, str]:
         split = "test" if i < test else "val" if i < test + val else "train"
         splits |= {info.slide_id: split for info in unit}
     return splits
+
+
+def empty_lines(infos: Sequence[SlideInfo], config: PrepConfig) -> list[str]:
+    """A line for each split that would hold no slide, for a set without one measures nothing or learns nothing."""
+    filled, unit = set(assign(infos, config).values()), config.split_by
+    lines = []
+    for split, lack in (("train", "nothing can be trained"), ("test", "nothing can be evaluated")):
+        given, cure = "too few are free", f"leave the column blank for more {unit}s"
+        if split == "test" and not config.test_share:
+            given, cure = "no row names it, and test_share is 0", f"leave it blank for some {unit}s and set test_share"
+        elif all(info.split for info in infos):
+            given = "every row that counts names another split"
+        if split not in filled:
+            lines.append(
+                f"warning: no {split} split: none of the {len(infos)} slides would be in it ({given}), so {lack}; give "
+                f"rows of some {unit}s the split {split}, or {cure}"
+            )
+    return lines

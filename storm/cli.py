@@ -202,7 +202,8 @@ def _built(args: argparse.Namespace, pretrained: "Pretrained", folder: Path) -> 
         PrepConfig(tile_px=pretrained.config.tile_px, tile_mpp=pretrained.config.tile_mpp),
     )
     info = SlideStore(path).info
-    print(f"{args.image}: {info.mpp:.4f} um per pixel ({info.mpp_source})", *info.facts["notes"], sep="\n    ")
+    told = [f"{args.image}: {info.mpp:.4f} um per pixel ({info.mpp_source})", *info.facts["notes"]]
+    print(*(line.replace("(manifest)", "(--mpp)") for line in told), sep="\n    ")  # the row is no user's manifest here
     if not args.visium:
         return _Source(path)
     own, left_out = results.in_store(results.visium_object(args.visium), path)

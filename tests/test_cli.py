@@ -188,6 +188,7 @@ def test_embed_of_an_image_without_counts(model: Path, tmp_path: Path, capsys: p
     words = ["embed", "--model", str(model), "--image", str(tmp_path / "my slide.png"), "-o", str(tmp_path / "o.h5ad")]
     assert "mpp" in fails(words, capsys)
     assert cli.main([*words, "--mpp", "1.75"]) == 0
+    assert "my slide.png: 1.7500 um per pixel (--mpp)" in capsys.readouterr().out
     found = anndata.read_h5ad(tmp_path / "o.h5ad")
     assert found.obs_names[0] == "lattice_0_0" and found.obsm["X_storm"].shape == (121, 32)
 

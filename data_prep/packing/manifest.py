@@ -80,7 +80,7 @@ def make(
     new = [one for one in scanned if one.source.slide_id not in held.slides]
     taken = [one for one in new if one.profiles]
     if not held.slides and "train" not in split_of.values():
-        raise ValueError("no slide with profiles is in split train; correct the column split and build")
+        raise ValueError("no slide with profiles is in split train; correct the column split, and build and pack again")
     tables = {one.gene_list: tables[one.gene_list] for one in taken}
     found = vocabulary.over(tables, held.table or _kept(tables, config))
     train = [one for one in taken if split_of[one.source.slide_id] == "train"]

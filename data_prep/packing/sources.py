@@ -15,6 +15,7 @@ from storm import files, genes, shards, store
 
 _NOT_BUILT = "not built"
 _NAMED = 10  # of a long list so many are named
+_TOLD = ("split", "donor", "study", "section")  # of a manifest's row, by which a store's slide is given its split
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ def named(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
+
+
+def _below(lines: Sequence[str]) -> str:
+    """The first lines of a list, each on a line of its own, and how many more there are."""
+    more = [f"and {len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
+    return "".join(f"\n  {line}" for line in [*lines[:_NAMED], *more])
 
 
 def missing(store_dir: Path, rows: Sequence[ManifestRow]) -> dict[str, str]:
@@ -94,11 +101,28 @@ def told(left_out: dict[str, str]) -> str:
 def check_missing(store_dir: Path, left_out: dict[str, str]) -> None:
     """Raises ValueError where a slide is missing, naming slides and reasons."""
     if left_out:
-        lines = [f"\n  {name}: {reason}" for name, reason in left_out.items()]
-        more = f"\n  and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
         raise ValueError(
             f"{store_dir}: {len(left_out)} slides are missing; build them (data_prep.plan tells what stops them), or "
-            f"pack without them by --allow-missing:{''.join(lines[:_NAMED])}{more}"
+            f"pack without them by --allow-missing:{_below([f'{name}: {why}' for name, why in left_out.items()])}"
+        )
+
+
+def check_rows(store_dir: Path, sources: Sequence[Source], rows: Sequence[ManifestRow]) -> None:
+    """Raises ValueError where a store says another split, donor, study or section than its row: the store would win."""
+    by_id = {row.slide_id: row for row in rows}
+    lines = []
+    for source in sources:
+        row = by_id.get(source.slide_id)
+        if row:
+            info = store.SlideStore(source.path).info
+            pairs = [(name, getattr(info, name) or "(blank)", getattr(row, name) or "(blank)") for name in _TOLD]
+            apart = [f"{name} {old}, the manifest {new}" for name, old, new in pairs if old != new]
+            if apart:
+                lines.append(f"{source.slide_id}: its store says {'; '.join(apart)}")
+    if lines:
+        raise ValueError(
+            f"{store_dir}: {len(lines)} slides were built from another manifest, or before this one was edited; run "
+            f"data_prep.build again, then pack:{_below(lines)}"
         )
 
 

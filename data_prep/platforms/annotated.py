@@ -65,7 +65,7 @@ def opened(path: Path) -> Iterator[Any]:
             check_codecs(path)
             yield zarr.open_group(path, mode="r")
         elif not path.is_file():
-            raise ValueError(f"{path}: no such file; correct the manifest")
+            raise ValueError(f"{path}: no such file; correct its path")
         else:
             with h5py.File(path, "r") as root:
                 yield root

@@ -83,7 +83,7 @@ def _table(path: Path, index: bool) -> "pd.DataFrame":
     import pandas as pd
 
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; correct the manifest")
+        raise ValueError(f"{path}: no such file; correct its path")
     try:
         first = _first_line(path)
         separator = "\t" if "\t" in first else ","

@@ -34,7 +34,7 @@ def footprint(unit: str, platform: str) -> Footprint | None:
         return Footprint("spot", DISC, usual) if usual else None
     match = _SHAPE.fullmatch(unit)
     if not match or not int(match[2]):
-        raise ValueError(f"unit {unit!r} is none of cell, square<N>um, disc<N>um; correct the manifest")
+        raise ValueError(f"unit {unit!r} is none of cell, square<N>um, disc<N>um; correct it")
     if match[1] == "disc":
         return Footprint("spot", DISC, float(match[2]))
     return Footprint("bin", SQUARE, float(match[2]))

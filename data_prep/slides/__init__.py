@@ -49,7 +49,7 @@ def header(path: Path, max_image_mpx: int, scratch: Path | None = None) -> Heade
 def _opened(path: Path, as_whole: Callable[[], Opened]) -> Slide | Opened:
     """A slide; `as_whole` opens one that cannot be read in parts."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such image; correct the manifest")
+        raise ValueError(f"{path}: no such image; correct its path")
     vendor = reference.vendor(path)
     if tiff.is_tiff(path) and (vendor is None or (vendor in _SEGMENTED and tiff.is_ome(path))):
         slide = _tiff(path)

@@ -66,7 +66,8 @@ def open_cohort(pretrained: Pretrained, store_dir: Path, shards_dir: Path) -> Co
     }
     if not names["test"]:
         raise ValueError(
-            f"{shards_dir / MANIFEST}: no slide is in split test; name test donors in the manifest's column split"
+            f"{shards_dir / MANIFEST}: no slide is in split test; name test donors in the manifest's column split, "
+            "and build and pack again (or give pack test_share)"
         )
     stores = {name: _store(store_dir, name, shards_dir, manifest) for name in names["train"] + names["test"]}
     common = {pretrained.genes.ids[i] for i in np.flatnonzero(pretrained.panel)}

@@ -51,7 +51,7 @@ class Validation:
             if not one.manifest["splits"].get(SPLIT, {}).get("groups"):
                 raise ValueError(
                     f"{name}: has no group of split {SPLIT!r} to validate on; name donors in the manifest's column "
-                    "split (or give val_share) and pack again, or set validation.every_steps=0"
+                    "split, and build and pack again (or give pack val_share), or set validation.every_steps=0"
                 )
         self._spec, self._config, self._world = spec, config, world
         held_out = open_corpus(config.data, SPLIT)

@@ -106,6 +106,16 @@ def test_a_rerun_builds_only_what_changed(built: Built, corpus: Path, capsys: py
     assert states("jpeg_quality=80") == {"v": "current", "t": "built", "i": "current"}
 
 
+def test_stores_of_other_tiles_are_replaced_and_told(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    built()
+    assert "replaced" not in capsys.readouterr().out
+    _, folder = built("tile_px=224")
+    out = capsys.readouterr().out
+    assert out.startswith("note: 3 stores have other tiles than 224 px at 1.0 um/px and are replaced as they are built")
+    assert all(f"{name}: built (replaced, was 112 px at 1.0 um/px): " in out for name in "vti")
+    assert opened(folder, "v").info.tile_px == 224
+
+
 def test_a_damaged_store_is_built_again(built: Built) -> None:
     _, folder = built()
     path = folder / "v.zarr.zip"

@@ -274,7 +274,10 @@ def test_missing_slides_are_refused_unless_told(tmp_path: Path, capsys: pytest.C
         records.write(stores, records.Record(name, "built", bytes=path.stat().st_size, sha256=files.sha256_file(path)))
     records.write(stores, records.Record("c", "failed", "c.tif: its slide is damaged; restore it"))
     store.store_path(stores, "d").write_bytes(b"cut")
-    rows = [{"slide_id": name, "image": f"{name}.tif", "platform": "image", "donor": name} for name in "abcde"]
+    rows = [
+        {"slide_id": name, "image": f"{name}.tif", "platform": "image", "donor": f"d{i}", "study": "t"}
+        for i, name in enumerate("abcde")
+    ]
     write_manifest(tmp_path / "manifest.csv", rows)
     words = ["--store", str(stores), "--out", str(tmp_path / "out"), "--config", str(PREP_TINY)]
     words += ["--manifest", str(tmp_path / "manifest.csv")]

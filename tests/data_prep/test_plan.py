@@ -258,6 +258,14 @@ def test_a_split_without_slides_is_told(corpus: Path, tmp_path: Path, capsys: py
     assert run(write_manifest(corpus / "m.csv", rows), tmp_path)[0] == 0
     out = capsys.readouterr().out
     assert "warning: no test split: none of the 1 slides would be in it" in out and "no train split" not in out
+    del rows[0]["split"]
+    blank = write_manifest(corpus / "m.csv", rows)
+    assert run(blank, tmp_path, "--dry-run")[0] == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "split:" in line]
+    assert "(no row names it, and test_share is 0), so nothing can be evaluated; give rows of some donors the" in line
+    assert run(blank, tmp_path, "test_share=0.5", "--dry-run")[0] == 0
+    out = capsys.readouterr().out
+    assert "no train split" in out and "no test split" not in out
     assert "1 slide in 1 task, 1 at a time: 1 s, <0.001 core-hours in all" in out
 
 

@@ -56,6 +56,18 @@ def test_only_new_slides_are_packed_over_the_old_genes(old: Path, capsys: pytest
     assert "current, nothing to do" in capsys.readouterr().out
 
 
+def test_a_manifest_that_says_other_than_the_older_set_is_asked_for_new_slides_alone(old: Path) -> None:
+    write_store(old.parent / "stores", info("c", "d3"), 22)
+    rows = [
+        {"slide_id": name, "image": "x", "platform": "image", "donor": donor, "study": "t", "split": split}
+        for name, donor, split in (("a", "d1", "test"), ("b", "d2", "test"), ("c", "d3", ""))
+    ]
+    words = ["--store", str(old.parent / "stores"), "--config", str(PREP_TINY)]
+    words += ["--manifest", str(write_manifest(old.parent / "manifest.csv", rows))]
+    assert pack.main([*words, "--out", str(old.parent / "new"), "--append", str(old)]) == 0
+    assert pack.main([*words, "--out", str(old.parent / "whole")]) == 2
+
+
 def test_a_chain_of_appends(old: Path) -> None:
     write_store(old.parent / "stores", info("c", "d3"), 22)
     append(old, "second")

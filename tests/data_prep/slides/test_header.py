@@ -40,5 +40,5 @@ def test_what_a_header_refuses(tmp_path: Path) -> None:
         slides.header(tmp_path / "b.png", 1)
     with pytest.raises(ValueError, match=r"c\.svs: is no slide and no image that can be read"):
         slides.header(tmp_path / "c.svs", 150)
-    with pytest.raises(ValueError, match=r"d\.svs: no such image; correct the manifest"):
+    with pytest.raises(ValueError, match=r"d\.svs: no such image; correct its path"):
         slides.header(tmp_path / "d.svs", 150)
