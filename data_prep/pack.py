@@ -75,7 +75,7 @@ def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; name a new folder")
     files.sweep(out)  # what a pack of the same set left when another overtook it
-    known = {shards.MANIFEST, shards.GENES, shards.CARD, *schema.SPLITS}
+    known = {shards.MANIFEST, shards.GENES, shards.CARD, shards.FEATURES, *schema.SPLITS}
     strange = {p.name for p in out.iterdir()} - known if out.is_dir() else set()
     if strange:
         raise ValueError(f"{out}: holds {sorted(strange)[0]!r}, which is no part of a shard set; name a new folder")
@@ -104,7 +104,13 @@ def open_job(
     # What an older set holds stays where it is, whatever store and manifest say.
     found_by.check_rows(store_dir, [source for source in listed if source.slide_id not in held.slides], rows)
     name = describe.fingerprint(listed, held, config, len(left_out))
-    return Job(store_dir, out, config, options, listed, held, left_out, name)
+    job = Job(store_dir, out, config, options, listed, held, left_out, name)
+    if (out / shards.FEATURES).exists() and not job.is_current():
+        raise ValueError(
+            f"{out / shards.FEATURES}: cached features of the shards that packing would replace; remove them, or name a "
+            "new folder"
+        )
+    return job
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ def _blank_header() -> bytes:
 _HEADER = _blank_header()
 _TAR = re.compile(r"\d{6,}\.tar")
 MANIFEST, GENES, CARD = "manifest.json", "genes.tsv", "README.md"
+FEATURES = "features"  # cached ones of the set's tiles lie beside it (storm.data.features)
 # What a manifest and the entries in it must hold to be read; pack writes more.
 _KEYS = (
     "gene_hash", "genes_sha256", "licenses", "organs", "panels", "prep", "reference", "slides", "split_by", "splits",

@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from storm import files
+from storm import files, shards
 from storm.data.view import View
 from storm.index import Index
 from storm.schema import TILE_STATS, Group
 
 VERSION = 1  # of the layout, and of how maps are read
-FOLDER, MARKER, AUTO = "features", "features.json", "auto"
+FOLDER, MARKER, AUTO = shards.FEATURES, "features.json", "auto"
 _PICK, _VARY, _DROP = 3, 4, 6  # keep the generators of different purposes apart
 _ANEW = "python launch/features.py with the config of the run makes it anew"
 

@@ -218,6 +218,19 @@ def test_a_folder_of_other_things_is_not_replaced(tiny_store: Path, tmp_path: Pa
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+def test_cached_features_stay_beside_a_current_set_and_are_not_replaced_with_it(
+    tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pack.pack(tiny_store, tmp_path / "out", CONFIG)
+    (tmp_path / "out" / "features" / "key").mkdir(parents=True)
+    pack.pack(tiny_store, tmp_path / "out", CONFIG)
+    assert "current, nothing to do" in capsys.readouterr().out
+    other = CONFIG.model_copy(update={"seed": 1})
+    with pytest.raises(ValueError, match="out/features: cached features of the shards that packing would replace"):
+        pack.pack(tiny_store, tmp_path / "out", other)
+    assert (tmp_path / "out" / "features" / "key").is_dir()
+
+
 def test_the_shard_manifest(tiny_shards: Path, tiny_store: Path) -> None:
     opened = shards.ShardSet(tiny_shards)
     manifest = opened.manifest
