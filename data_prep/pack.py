@@ -107,8 +107,8 @@ def open_job(
     job = Job(store_dir, out, config, options, listed, held, left_out, name)
     if (out / shards.FEATURES).exists() and not job.is_current():
         raise ValueError(
-            f"{out / shards.FEATURES}: cached features of the shards that packing would replace; remove them, or name a "
-            "new folder"
+            f"{out / shards.FEATURES}: cached features of the shards that packing would replace; remove them, or "
+            "name a new folder"
         )
     return job
 
