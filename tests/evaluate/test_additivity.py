@@ -49,7 +49,7 @@ def test_one_density_and_one_composition_are_additive(noise: store.SlideStore, t
     for row in found["rows"]:
         for name in ("log_ratio", "depth", "shares"):
             assert row[name] == pytest.approx([0, 0, 0], abs=1e-5), row
-    assert "| told their own size | 8 | 1.000 (1.000-1.000) |" in additivity.text(found)
+    assert "| told their own size | 8 | 1.000 (1.000 to 1.000) |" in additivity.text(found)
     assert files.dump_json(found)
 
 

