@@ -1,9 +1,10 @@
 """Level 2, expression: the gene table, and the encoders of what a profile shows of its counts.
 
-In: the visible (profile, gene) entries of a batch, or the tokens chosen from them; their depth and number. Out: two
-vectors per profile: the code, and what of it is content alone, without depth and number of genes.
-Shapes: R regions, N profiles, Z visible entries, Q tokens packed, V profiles with tokens, K genes, G vocabulary, C
-columns of the descriptors, E gene width, D width of the level, F fusion width.
+In: the visible (profile, gene) entries of a batch, what the shown genes are expected to be, tokens chosen from the
+entries; their depth and number. Out: two vectors per profile: the code, and what of it is content alone, without depth
+and number of genes.
+Shapes: B groups, R regions, N profiles, Z visible entries, Q tokens packed, V profiles with tokens, K genes,
+G vocabulary, C columns of the descriptors, E gene width, D width of the level, F fusion width.
 """
 
 import torch
