@@ -64,34 +64,26 @@ class GeneEmbedding(nn.Embedding):
         return self.project(standardised) * self.embedding_dim**-0.5
 
 
-class Encoder(nn.Module):
-    """What the encoders share: depth and number of genes come to the content from beside, so that it has neither."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.size = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
-
-    def code(self, content_RNF: Tensor, batch: dict[str, Tensor]) -> Code:
-        """(everything, content) of each profile."""
-        size_RN2 = torch.stack([batch["input_log_depth"], batch["input_log_genes"]], dim=-1)
-        return content_RNF + self.size(size_RN2 / 8), content_RNF  # 8: log of a whole spot
-
-
-class BagEncoder(Encoder):
+class BagEncoder(nn.Module):
     """z = W [sum_g (v_g - m_g) e_g sqrt(E / n)] + MLP(log depth, log genes), over the n genes that are shown.
 
     No panel is built into it, and it is cheap. m_g is v_g at the expected share: without it a code would tell first of
     all which genes are shown. e_g has length 1, so sqrt(E) brings the sum to unit coordinates, as the features of an
-    image come: one token ten times as long as another leaves the shorter one unlearned.
+    image come: one token ten times as long as another leaves the shorter one unlearned. Depth and number of genes come
+    to the sum from beside, so that it has neither.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.fusion_width)
-        self.project = nn.Linear(config.gene_width, config.fusion_width)
+        super().__init__()
+        width = config.fusion_width
+        self.size = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
+        self.project = nn.Linear(config.gene_width, width)
 
     def forward(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Code:
         """See `Code`; a profile without entries gets the code of depth 0."""
-        return self.code(self.content(genes, batch).unflatten(0, batch["visible"].shape), batch)
+        content_RNF = self.content(genes, batch).unflatten(0, batch["visible"].shape)
+        size_RN2 = torch.stack([batch["input_log_depth"], batch["input_log_genes"]], dim=-1)
+        return content_RNF + self.size(size_RN2 / 8), content_RNF  # 8: log of a whole spot
 
     def content(self, genes: GeneEmbedding, batch: dict[str, Tensor]) -> Tensor:
         """[R N, F] of each profile; the bias alone where nothing is shown."""
