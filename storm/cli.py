@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import sys
@@ -278,14 +279,26 @@ def embed(args: argparse.Namespace) -> int:
     return _each(args, make)
 
 
+def _genes(told: str) -> list[str]:
+    """The genes of --genes: those in the file of that name, else the list itself."""
+    listed = Path(told)
+    if os.path.isfile(told):  # Path.is_file fails where a list is longer than a file's name may be
+        try:
+            genes = listed.read_text(encoding="utf-8-sig").split()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--genes {listed}: is no UTF-8 text ({error.reason}); write a gene per line") from None
+    elif len(listed.parts) > 1 or listed.suffix in (".txt", ".csv", ".tsv"):
+        raise ValueError(f"--genes {listed}: no such file; give a file with a gene per line, or a list A,B,C")
+    else:
+        genes = [name for word in told.split(",") if (name := word.strip())]
+    if not genes:
+        raise ValueError(f"--genes {told!r}: names no gene; give some, or leave it out for the whole reference panel")
+    return genes
+
+
 def predict(args: argparse.Namespace) -> int:
     """`storm predict`."""
-    genes = None
-    if args.genes:
-        listed = Path(args.genes)
-        if not listed.is_file() and (len(listed.parts) > 1 or listed.suffix in (".txt", ".csv", ".tsv")):
-            raise ValueError(f"--genes {listed}: no such file; give a file with a gene per line, or a list A,B,C")
-        genes = listed.read_text(encoding="utf-8").split() if listed.is_file() else args.genes.split(",")
+    genes = None if args.genes is None else _genes(args.genes)
 
     from storm import descriptors
 

@@ -304,11 +304,13 @@ def gene_indices(
     """([K] vocabulary indices of Ensembl ids or symbols, those that are not there); None = the reference panel.
 
     Raises:
-        ValueError: neither the reference panel nor the table, where one is given, holds any of the genes.
+        ValueError: no gene is named, or neither the reference panel nor the table, where one is given, holds any.
     """
     known = np.flatnonzero(pretrained.panel)
     if genes is None:
         return known, []
+    if not genes:
+        raise ValueError("the list of genes is empty; name some, or give no list for the whole reference panel")
     by_name: dict[str, int] = {}
     for i in known:
         by_name.setdefault(pretrained.genes.symbols[i], int(i))

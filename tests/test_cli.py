@@ -116,6 +116,18 @@ def test_predict_with_genes_from_a_list_or_a_file(model: Path, stores: Path, tmp
     assert cli.main([*words, "--genes", str(tmp_path / "genes.txt"), "--unit", "mu"]) == 0
     found = anndata.read_h5ad(tmp_path / "p.h5ad")
     assert list(found.var_names) == ["GENE2"] and list(found.uns["storm"]["genes_left_out"]) == ["GENE39"]
+    (tmp_path / "genes.txt").write_text("\ufeffGENE2\n", encoding="utf-8")  # as some editors begin a file
+    assert cli._genes(str(tmp_path / "genes.txt")) == ["GENE2"]
+    assert cli._genes(" GENE3, GENE1,") == ["GENE3", "GENE1"]
+    many = [f"GENE{i}" for i in range(100)]
+    assert cli._genes(",".join(many)) == many, "longer than a file's name may be"
+    (tmp_path / "genes.txt").write_bytes(b"\n")
+    for told in ("", ",", str(tmp_path / "genes.txt")):
+        with pytest.raises(ValueError, match="names no gene"):
+            cli._genes(told)
+    (tmp_path / "genes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"genes\.txt: is no UTF-8 text"):
+        cli._genes(str(tmp_path / "genes.txt"))
 
 
 def test_predict_of_genes_known_by_descriptors(
