@@ -47,7 +47,7 @@ def embed(
             changed but what is added; None = the counts as the store holds them.
 
     Raises:
-        ValueError: `adata` holds profiles that the store does not.
+        ValueError: `adata` holds profiles that the store does not, or one twice.
     """
     slide = inference.prepare(pretrained, _opened(store))
     use_counts = slide.measured if use_counts is None else use_counts
@@ -158,17 +158,25 @@ def _rows_of(slide: Slide, names: list[str]) -> npt.NDArray[np.int64]:
             f"{slide.store.info.slide_id} (as {slide.profiles.ids[0]!r}); give the object of that slide, "
             "with the vendor's barcodes"
         )
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(
+            f"obs_names: {twice!r} is there twice; give the object of slide {slide.store.info.slide_id} alone, each "
+            "barcode once"
+        )
     return np.array([row[name] for name in names], dtype=np.int64)
 
 
 def _place(result: anndata.AnnData, slide: Slide, rows: npt.NDArray[np.int64]) -> None:
-    """Coordinates, image and scale factors, where the object does not bring its own."""
+    """Coordinates, image and scale factors, each where the object does not bring its own; no image where its own
+    coordinates are of another frame, under which it would not lie."""
     info = slide.store.info
     xy_um = slide.profiles.xy_um[rows]
     result.obsm["spatial_um"] = xy_um
-    if "spatial" in result.uns and "spatial" in result.obsm:
+    places_px = np.asarray(result.obsm.setdefault("spatial", xy_um / info.mpp))
+    same = places_px.shape == xy_um.shape and np.allclose(places_px, xy_um / info.mpp, atol=1)
+    if "spatial" in result.uns or not same:
         return
-    result.obsm["spatial"] = xy_um / info.mpp
     image, px_per_um = thumbnail(slide.store)
     footprint_um = float(np.median(slide.profiles.footprint_um)) if len(rows) else 0.0
     result.uns["spatial"] = {

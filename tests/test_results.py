@@ -56,6 +56,24 @@ def test_the_users_own_object_is_unchanged_but_for_what_is_added(pretrained: exp
     own.obs_names = ["spot40-1", "spot3-1", "elsewhere-1"]
     with pytest.raises(ValueError, match=r"1 of 3 obs_names \(as 'elsewhere-1'\)"):
         results.embed(pretrained, slide, adata=own)
+    own.obs_names = ["spot40-1", "spot3-1", "spot40-1"]
+    with pytest.raises(ValueError, match=r"'spot40-1' is there twice; give the object of slide slide1 alone"):
+        results.embed(pretrained, slide, adata=own)
+
+
+def test_the_users_own_places_and_images_stay(pretrained: export.Pretrained, slide: Path) -> None:
+    own = anndata.AnnData(np.ones((3, 1), np.float32), pd.DataFrame(index=["spot40-1", "spot3-1", "spot7-1"]))
+    px = results.embed(pretrained, slide, adata=own).obsm["spatial"]
+    for places, drawn in ((px, True), (px + 0.4, True), (px * 0.875, False), (np.ones((3, 3)), False)):
+        own.obsm["spatial"] = places
+        found = results.embed(pretrained, slide, adata=own)
+        np.testing.assert_array_equal(found.obsm["spatial"], places)
+        assert ("spatial" in found.uns) == drawn, "an image lies under its own frame alone"
+    del own.obsm["spatial"]
+    own.uns["spatial"] = {"mine": {}}
+    found = results.embed(pretrained, slide, adata=own)
+    assert list(found.uns["spatial"]) == ["mine"]
+    np.testing.assert_array_equal(found.obsm["spatial"], px)
 
 
 def test_predict_is_dense_unique_and_says_its_unit(pretrained: export.Pretrained, slide: Path) -> None:
