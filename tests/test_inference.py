@@ -278,6 +278,24 @@ def test_genes_outside_the_vocabulary_by_their_descriptors(slide: Slide, tmp_pat
 
 
 def test_without_descriptors_an_unseen_gene_is_refused_with_the_reason(
+def test_a_column_that_the_vocabulary_does_not_vary_in_says_nothing_of_an_unseen_gene(
+    slide: Slide, tmp_path: Path
+) -> None:
+    """What the model holds for it is as it was drawn at its start: no gene may be told by that."""
+    config = dataclasses.replace(untrained.MODEL, descriptor_width=3)
+    described = export.load(export.export(untrained.write_checkpoint(tmp_path / "run", config=config), tmp_path / "m"))
+    described.model.genes.descriptor[:, 2] = 1e-7  # of a constant column only rounding is left
+    some = np.arange(4)
+
+    def told(*row: float) -> np.ndarray:
+        rows = np.array([row], np.float32)
+        return inference.predict(described, slide, np.zeros(0, np.int64), some, unseen=rows).composition
+
+    assert np.isfinite(told(1, 2, 3)).all()
+    close(told(1, 2, 3), told(1, 2, 50))
+    assert np.abs(told(1, 2, 3) / told(1, 3, 3) - 1).max() > 1e-3
+
+
     pretrained: export.Pretrained, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="trained without descriptors of genes"):

@@ -182,7 +182,10 @@ class Storm(nn.Module):
     def unseen(self, h_RND: Tensor, batch: dict[str, Tensor], descriptor_UC: Tensor) -> dict[str, Tensor]:
         """What is expected of genes outside the vocabulary, of profiles with the embeddings `h_RND`; their descriptors
         as the user's table has them. See `Decoder.unseen`."""
-        rows_UE = self.genes.describe((descriptor_UC - self.genes.centre) / self.genes.scale)
+        standard_UC = (descriptor_UC - self.genes.centre) / self.genes.scale
+        # A column that is one value for the whole vocabulary has taught P nothing: there P is as it was drawn.
+        spread_C = self.genes.descriptor.square().sum(0)
+        rows_UE = self.genes.describe(standard_UC * (spread_C > spread_C.max() / 2))
         return self.decoder.unseen(h_RND, rows_UE, self.genes(batch["genes"]), batch)
 
     def _place(self, tile_TD: Tensor, slot_T: Tensor, encoded_RC: Tensor) -> Tensor:
