@@ -47,7 +47,7 @@ for further training. It is no medical device; no prediction of it has been vali
   (mean log density {density:.4g} per um2, reference footprint {footprint_um:g} um, platform {platform}); only contrasts
   within a slide and the composition are read from the image.
 * Compositions sum to 1 over the reference panel of {panel_genes:,} genes. A gene outside the vocabulary is
-  refused, not guessed.
+  {outside}.
 * Tiles are {tile_px} px at {tile_mpp:g} um/px ({tile_um:g} um): an image must be resampled to
   that from its measured mpp.
 * Tissues, stains, scanners and platforms that are not listed above are new to the model.
@@ -92,6 +92,7 @@ def terms(licenses: dict[str, dict[str, Any]]) -> str:
 def model_card(title: str, config: dict[str, Any], parameters: int, panel_genes: int) -> str:
     """The card of an export whose config.json is `config`."""
     reference, data, model = config["reference"], config["data"], config["model"]
+    described = "predicted from its row in a table of descriptors alone, and refused without one"
     return _CARD.format(
         title=clean(title), folder=clean(title), parameters=parameters, genes=config["n_genes"], step=config["step"],
         split=_SECTION_SPLIT if data["split_by"] == "section" else _DONOR_SPLIT,
@@ -101,6 +102,7 @@ def model_card(title: str, config: dict[str, Any], parameters: int, panel_genes:
         licenses=terms(data["licenses"]), density=reference["slide_log_density"], platform=clean(reference["platform"]),
         footprint_um=reference["footprint_um"], panel_genes=panel_genes, tile_px=model["tile_px"],
         tile_mpp=model["tile_mpp"], tile_um=model["tile_px"] * model["tile_mpp"], encoder=_encoder(model),
+        outside=described if model.get("descriptor_width") else "refused, not guessed",
     )  # fmt: skip
 
 

@@ -257,6 +257,7 @@ def test_genes_outside_the_vocabulary_by_their_descriptors(slide: Slide, tmp_pat
     checkpoint = untrained.write_checkpoint(tmp_path / "run", config=config)
     described = export.load(export.export(checkpoint, tmp_path / "model"))
     assert described.model.genes.descriptor.abs().sum() > 0
+    assert "predicted from its row in a table of descriptors" in (tmp_path / "model" / "README.md").read_text()
     np.savez(tmp_path / "d.npz", gene_id=np.array(["ENSG00000099999.2", "ENSG00000088888"]),
              descriptor=np.array([[1, 2, 3], [0, 1, -1.0]]))  # fmt: skip
     table = descriptors.read(tmp_path / "d.npz")
@@ -277,7 +278,6 @@ def test_genes_outside_the_vocabulary_by_their_descriptors(slide: Slide, tmp_pat
     assert "needs a row in a table" in result.uns["storm"]["genes_left_out_why"]
 
 
-def test_without_descriptors_an_unseen_gene_is_refused_with_the_reason(
 def test_a_column_that_the_vocabulary_does_not_vary_in_says_nothing_of_an_unseen_gene(
     slide: Slide, tmp_path: Path
 ) -> None:
@@ -296,6 +296,7 @@ def test_a_column_that_the_vocabulary_does_not_vary_in_says_nothing_of_an_unseen
     assert np.abs(told(1, 2, 3) / told(1, 3, 3) - 1).max() > 1e-3
 
 
+def test_without_descriptors_an_unseen_gene_is_refused_with_the_reason(
     pretrained: export.Pretrained, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="trained without descriptors of genes"):
