@@ -63,7 +63,7 @@ def read_labels(section: Section, truth_dir: Path | None, labels_dir: Path | Non
     """
     path = labels_dir / f"{section.slide_id}.csv" if labels_dir else None
     if path and path.is_file():
-        with path.open(newline="", encoding="utf-8") as handle:
+        with path.open(newline="", encoding="utf-8-sig") as handle:
             lines = csv.DictReader(handle)
             if not {"profile_id", "label"} <= set(lines.fieldnames or ()):
                 raise ValueError(f"{path}: its first line lacks the columns profile_id and label; write them there")

@@ -69,6 +69,8 @@ def test_labels_come_from_a_csv_or_the_truth(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("profile_id,label\np1,cortex\np2,\nother,x\n")
     found = domains.read_labels(made, None, tmp_path)
     assert found[:3] == ["", "cortex", ""] and len(found) == 256
+    (tmp_path / "a.csv").write_text("\ufeffprofile_id,label\np1,cortex\n", encoding="utf-8")  # as spreadsheets save it
+    assert domains.read_labels(made, None, tmp_path)[:3] == ["", "cortex", ""]
     np.savez(tmp_path / "a.npz", profile_id=np.array(["p0", "p3"]), domain=np.array([4, 2]))
     assert domains.read_labels(made, tmp_path, None)[:4] == ["4", "", "", "2"]
     assert set(domains.read_labels(made, None, None)) == {""}
