@@ -22,6 +22,7 @@ from typing import Any
 from storm import __version__, files
 
 FOLDER, MARKER = "checkpoints", "COMPLETE"
+FINISHED = "FINISHED"  # beside the checkpoints, once the schedule is done
 _NAME = re.compile(r"step_(\d+)")
 
 

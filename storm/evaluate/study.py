@@ -13,6 +13,7 @@ any of them the run has another name, and runs anew.
 """
 
 import functools
+import json
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -115,8 +116,14 @@ def runs(
         for arm in [arm for arm in chosen if seed < arm.seeds]:
             words = [*arm.overrides, f"seed={seed}"]
             name = f"{arm.name}-s{seed}-{_key(load_run(path, plan, words), data, digest)}"
-            found.append(Run(arm, seed, name, [*words, f"run_dir={out / 'runs' / name}", f"data.shards={shards}"]))
+            places = f"run_dir={_quoted(out / 'runs' / name)}", f"data.shards={_quoted(shards)}"
+            found.append(Run(arm, seed, name, [*words, *places]))
     return found
+
+
+def _quoted(path: Path) -> str:
+    """A path as a value in YAML, in which a bare " #" would begin a comment."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def load_run(path: Path, plan: Plan, words: list[str]) -> RunConfig:
@@ -165,8 +172,13 @@ class Judge:
 
         Args:
             train_s: of the training, where it ran at one go.
+
+        Raises:
+            ValueError: the run is not finished.
         """
         began, run_dir = time.perf_counter(), out / "runs" / run.name
+        if not (run_dir / checkpoints.FINISHED).is_file():  # a training that a file STOP ended has exit code 0 too
+            raise ValueError(f"{run_dir}: its training was stopped before its end; the same command goes on with it")
         pretrained = export.load(export.export(checkpoints.latest(run_dir), run_dir / "export"))
         if self.known is None:
             cohort = open_cohort(pretrained, self.stores, self.shards)

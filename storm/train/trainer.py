@@ -44,7 +44,7 @@ from storm.train.owner import owned
 from storm.train.validate import Validation
 from storm.train.watch import Watch
 
-FINISHED = "FINISHED"
+FINISHED = checkpoints.FINISHED
 
 
 class RankError(ValueError):

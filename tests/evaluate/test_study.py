@@ -10,8 +10,10 @@ import yaml
 
 from launch import study as driver
 from storm import files
+from storm.config import RunConfig, load
 from storm.evaluate import study, study_table
 from storm.evaluate.expression import MODEL
+from tests import untrained
 
 BASE = {"run_dir": "runs/x", "data": {"shards": "s", "workers": 0}, "model": {"preset": "tiny"}, "optim": {"steps": 2}}
 ARMS = [
@@ -217,3 +219,21 @@ def test_a_training_that_fails_is_listed_and_the_others_go_on(
     assert len(failed) == 7 and all("exit code 3: error: it was not to be" in line for line in failed)
     assert "* space_off seed 2: training ended with exit code 3" in (out / driver.TABLE).read_text()
     assert not (out / "results").exists()
+
+
+def test_a_training_that_was_asked_to_stop_is_not_judged(plan: Path, tmp_path: Path) -> None:
+    """A file STOP ends a training with exit code 0, before its schedule's end."""
+    run = study.runs(plan, study.read_plan(plan), shards(tmp_path), tmp_path, 1)[0]
+    run_dir = tmp_path / "runs" / run.name
+    untrained.write_checkpoint(run_dir)
+    judge = study.Judge(tmp_path, shards(tmp_path), tmp_path)
+    with pytest.raises(ValueError, match=rf"{run.name}: its training was stopped before its end; the same command"):
+        judge.judge(run, tmp_path, None)
+    assert not (run_dir / "export").exists() and not study.result_path(tmp_path, run).exists()
+
+
+def test_a_folder_of_any_name_is_given_to_the_trainer_as_it_is(plan: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "study #1: [a]", shards(tmp_path, "{ }")
+    run = study.runs(plan, study.read_plan(plan), data, out, 1)[0]
+    given = load(RunConfig, tmp_path / "base.yaml", run.overrides)
+    assert (given.run_dir, given.data.shards) == (str(out / "runs" / run.name), str(data))
