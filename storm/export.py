@@ -196,6 +196,7 @@ def _check(config: dict[str, Any], genes: GeneTable, path: Path) -> None:
         "data.platforms does not count slides per platform": not _counts_slides(data["platforms"]),
         f"data.split_by is {data['split_by']!r}": data["split_by"] not in ("donor", "section"),
         "reference.panel is no mask over the genes": not _is_panel(reference["panel"], len(genes)),
+        f"{GENES} has no column share": genes.share is None,
     }
     for fact, wrong in faults.items():
         if wrong:
@@ -207,7 +208,9 @@ def _counts_slides(platforms: dict[str, Any]) -> bool:
 
 
 def _is_panel(text: str, n_genes: int) -> bool:
-    return re.fullmatch(r"([0-9a-f]{2})+", text) is not None and len(text) == 2 * -(-n_genes // 8)
+    """A mask that holds some gene: over an empty one nothing sums to 1."""
+    well_formed = re.fullmatch(r"([0-9a-f]{2})+", text) is not None and len(text) == 2 * -(-n_genes // 8)
+    return well_formed and bool(unpack_panel(text, n_genes).any())
 
 
 def _instead(folder: Path) -> str:
@@ -224,7 +227,10 @@ def verify(folder: Path) -> list[str]:
     path = folder / SUMS
     if not path.is_file():
         return [f"{path}: is missing; {_instead(folder)}"]
-    lines = [line.partition("  ") for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.partition("  ") for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        return [f"{path}: is no UTF-8 text; fetch it again or export again"]
     listed = {name: digest for digest, _, name in lines}
     faults = [f"{path}: does not list {name}; export again" for name in _IDENTITY if name not in listed]
     for name, digest in sorted(listed.items()):

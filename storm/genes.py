@@ -75,8 +75,18 @@ class GeneTable:
         bad = next((n for n, row in enumerate(rows, 1) if len(row) != len(rows[0])), None)
         if bad is not None:
             raise ValueError(f"{path}: line {bad} has not {len(rows[0])} tab-separated columns; restore the gene table")
-        share = np.array([float(r[2]) for r in rows[1:]]) if len(rows[0]) > 2 else None
+        share = _shares([r[2] for r in rows[1:]], path) if len(rows[0]) > 2 else None
         return cls(tuple(r[0] for r in rows[1:]), tuple(r[1] for r in rows[1:]), share)
+
+
+def _shares(words: list[str], path: Path) -> npt.NDArray[np.float64]:
+    try:
+        found = np.array([float(word) for word in words])
+    except ValueError:
+        found = np.full(1, np.nan)
+    if not (np.isfinite(found) & (found >= 0)).all():
+        raise ValueError(f"{path}: the column share holds what is no share of counts; restore the gene table")
+    return found
 
 
 @functools.cache

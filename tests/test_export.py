@@ -97,6 +97,23 @@ def test_sums_that_point_outside_are_refused(exported: Path) -> None:
         export.load(exported)
 
 
+def test_sums_that_are_no_text_are_named(exported: Path) -> None:
+    (exported / "SHA256SUMS").write_bytes(b"\xff\xfe")
+    assert export.verify(exported) == [f"{exported / 'SHA256SUMS'}: is no UTF-8 text; fetch it again or export again"]
+
+
+@pytest.mark.parametrize("share", ["x", "nan", "-1", None])
+def test_genes_without_shares_are_refused(exported: Path, share: str | None) -> None:
+    lines = (exported / "genes.tsv").read_text().splitlines()
+    columns = [line.split("\t")[:2] for line in lines]
+    if share is not None:
+        columns = [columns[0] + ["share"], *([*words, share] for words in columns[1:])]
+    (exported / "genes.tsv").write_text("\n".join(map("\t".join, columns)) + "\n")
+    config = files.read_json(exported / "config.json")
+    with pytest.raises(ValueError, match=r"genes\.tsv(: the column share holds what is no share| has no column share)"):
+        export.load(_changed(exported, "n_genes", config["n_genes"]))
+
+
 def _changed(exported: Path, key: str, value: object) -> Path:
     """The export with one value of its config.json changed (None: removed), under sums that hold."""
     config = files.read_json(exported / "config.json")
@@ -125,6 +142,7 @@ def _changed(exported: Path, key: str, value: object) -> Path:
         ("reference", [], r"config\.json: reference\.slide_log_density is None"),
         ("reference.panel", "zz", r"config\.json: reference\.panel is no mask"),
         ("reference.panel", "ff", r"config\.json: reference\.panel is no mask"),
+        ("reference.panel", "00" * 5, r"config\.json: reference\.panel is no mask"),
         ("reference.platform", "sonar", r"config\.json: reference\.platform 'sonar' is unknown"),
         ("reference.footprint_um", -1, r"config\.json: reference\.footprint_um is -1"),
         ("reference.footprint_kind", 7, r"config\.json: reference\.footprint_kind"),
