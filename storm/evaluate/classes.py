@@ -11,6 +11,7 @@ control, and
     c  niche: depends on a source 100-250 um away
 """
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def read_truths(
     """(class of each gene [K], '' where the truth does not know it; expected composition [N, K] of each section).
 
     Raises:
-        ValueError: a section has no truth, or another one, or one that knows other genes than that of the first.
+        ValueError: a section has no truth, or another one, or one that knows other genes than that of the first, or
+            none of these.
     """
     kinds, expected = zip(*(_read_truth(folder / f"{s.slide_id}.npz", s, gene_ids) for s in sections), strict=True)
     for section, kind in zip(sections, kinds, strict=True):
@@ -109,16 +111,30 @@ def read_truths(
                 f"{folder / section.slide_id}.npz: {other} genes have another class than in {sections[0].slide_id}.npz"
                 ", or none; give the truth folder of one corpus"
             )
+    if not (kinds[0] != "").any():
+        fact = f"knows none of the {len(gene_ids)} genes that sections and model share (as {gene_ids[0]})"
+        raise ValueError(
+            f"{folder / sections[0].slide_id}.npz: {fact}; give the truth folder of the store's own corpus"
+        )
     return kinds[0], list(expected)
+
+
+def truth_arrays(path: Path, *names: str) -> list[npt.NDArray]:
+    """Some of the arrays of a slide's truth. Raises ValueError naming the file where it does not hold them."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        fact = f"not readable as the truth of a slide ({error})"
+        raise ValueError(f"{path}: {fact}; give the truth folder that python -m data_prep.synthetic wrote") from None
 
 
 def _read_truth(path: Path, section: Section, gene_ids: list[str]) -> tuple[npt.NDArray[np.str_], Floats]:
     if not path.is_file():
         raise ValueError(f"{path}: no truth of this slide; give the truth folder of the store's own corpus")
-    with np.load(path, allow_pickle=False) as arrays:
-        genes = {str(name): i for i, name in enumerate(arrays["gene_id"])}
-        rows = {str(name): i for i, name in enumerate(arrays["profile_id"])}
-        kinds, expected = arrays["gene_class"], arrays["expected"]
+    gene_id, profile_id, kinds, expected = truth_arrays(path, "gene_id", "profile_id", "gene_class", "expected")
+    genes = {str(name): i for i, name in enumerate(gene_id)}
+    rows = {str(name): i for i, name in enumerate(profile_id)}
     missing = [name for name in section.ids if name not in rows]
     if missing:
         raise ValueError(f"{path}: {len(missing)} profiles (as {missing[0]!r}) are not in it; it is of another corpus")

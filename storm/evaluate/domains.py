@@ -22,7 +22,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.preprocessing import StandardScaler
 
-from storm.evaluate import clusters, statistics, targets
+from storm.evaluate import classes, clusters, statistics, targets
 from storm.evaluate.expression import Cohort, gene_rules, provenance, read
 from storm.evaluate.sections import Section, take
 from storm.evaluate.statistics import told
@@ -74,8 +74,8 @@ def read_labels(section: Section, truth_dir: Path | None, labels_dir: Path | Non
         return found
     path = truth_dir / f"{section.slide_id}.npz" if truth_dir else None
     if path and path.is_file():
-        with np.load(path, allow_pickle=False) as arrays:
-            by_id = dict(zip(arrays["profile_id"].tolist(), arrays["domain"].tolist(), strict=True))
+        profile_id, domain = classes.truth_arrays(path, "profile_id", "domain")
+        by_id = dict(zip(profile_id.tolist(), domain.tolist(), strict=True))
         return [str(by_id.get(name, "")) for name in section.ids]
     return [""] * len(section.ids)
 

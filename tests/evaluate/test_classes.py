@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storm.evaluate import classes
+from storm.evaluate import classes, domains
 from storm.evaluate.sections import Section
 from tests.evaluate import cohorts
 
@@ -42,3 +42,19 @@ def test_sections_whose_truths_know_other_genes_are_refused(tmp_path: Path) -> N
     write(tmp_path, made[1], GENES[:2], ["a", "b"])
     with pytest.raises(ValueError, match=r"y\.npz: 1 genes have another class than in x\.npz, or none; give"):
         classes.read_truths(tmp_path, made, GENES)
+
+
+def test_what_is_no_truth_of_these_genes_is_named(tmp_path: Path) -> None:
+    """A study lists it, and goes on with its other runs."""
+    made = sections()
+    write(tmp_path, made[0], ["other"], ["a"])
+    with pytest.raises(ValueError, match=r"x\.npz: knows none of the 3 genes .* \(as g0\)"):
+        classes.read_truths(tmp_path, made[:1], GENES)
+    whole = (tmp_path / "x.npz").read_bytes()
+    np.savez(tmp_path / "lacks.npz", gene_id=GENES)
+    for data in (b"", b"text", whole[:200], (tmp_path / "lacks.npz").read_bytes()):
+        (tmp_path / "x.npz").write_bytes(data)
+        with pytest.raises(ValueError, match=r"x\.npz: not readable as the truth of a slide"):
+            classes.read_truths(tmp_path, made[:1], GENES)
+        with pytest.raises(ValueError, match=r"x\.npz: not readable as the truth of a slide"):
+            domains.read_labels(made[0], tmp_path, None)
