@@ -155,15 +155,18 @@ def _asks(pretrained: Pretrained, slide: Slide, rows: Rows, visible: Mask) -> It
     """The regions that cover `rows`; each holds all its visible footprints, because they are its context."""
     tile_um, xy_um = slide.store.info.tile_um, slide.profiles.xy_um
     extent = regions.extent_for(platform_told(pretrained, slide), pretrained.data["spots_side"], tile_um)
-    shown = np.flatnonzero(visible)
-    for region in regions.cover(xy_um[rows], tile_um, extent):
-        corner = np.array(region.origin_um(tile_um))
-        place = xy_um[shown] - corner
-        context = _spread(shown[((place >= 0) & (place < extent * tile_um)).all(1)])
-        for start in range(0, len(region.profiles), _CHUNK):
-            part = rows[region.profiles[start : start + _CHUNK]]
-            held = np.union1d(context, part)
-            yield _Ask(region, held, np.isin(held, part))
+    shown, asked = np.flatnonzero(visible), np.isin(np.arange(len(xy_um)), rows)
+    for region in regions.cover(xy_um, tile_um, extent):
+        place = xy_um[shown] - np.array(region.origin_um(tile_um))
+        inside = shown[((place >= 0) & (place < extent * tile_um)).all(1)]
+        context, own = _spread(inside), asked[region.profiles]
+        # Beside a bounded context those of a chunk see each other: chunks are then the slide's, whoever is asked.
+        members = region.profiles if len(context) < len(inside) else region.profiles[own]
+        for start in range(0, len(members) if own.any() else 0, _CHUNK):
+            part = members[start : start + _CHUNK]
+            if asked[part].any():
+                held = np.union1d(context, part)
+                yield _Ask(region, held, np.isin(held, part) & asked[held])
 
 
 def _spread(rows: Rows) -> Rows:

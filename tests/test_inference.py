@@ -177,6 +177,16 @@ def test_context_is_bounded(slide: Slide, pretrained: export.Pretrained, monkeyp
     np.testing.assert_array_equal(inference._spread(rows)[:2], [0, len(rows) // 6])
 
 
+def test_beside_a_bounded_context_an_answer_hangs_on_the_slide_alone(
+    slide: Slide, pretrained: export.Pretrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "_CONTEXT", 4)
+    monkeypatch.setattr(inference, "_CHUNK", 7)
+    whole, rows = inference.embed(pretrained, slide, use_counts=True), np.array([40, 3, 35])
+    for some in (rows, rows[:1]):
+        close(inference.embed(pretrained, slide, True, some), whole[some])
+
+
 def test_pixels_can_be_withheld(slide: Slide, pretrained: export.Pretrained, tmp_path: Path) -> None:
     found = inference.vectors(pretrained, slide, ("embedding",), use_counts=True, use_image=False)["embedding"]
     repainted = store.SlideStore(untrained.write_store(tmp_path, seed=0))
