@@ -137,9 +137,7 @@ class MaskConfig(Section):
     recut: float = Field(
         default=0.15, ge=0, le=1, description="probability that a group's tiles are cut again at a random offset"
     )
-    crop: float = Field(
-        default=0.1, ge=0, le=1, description="probability that a region is cropped to 1 x 1 or 2 x 2 tiles"
-    )
+    crop: float = Field(default=0.1, ge=0, le=1, description="probability of a crop to 1 x 1 or 2 x 2 tiles")
     polygon_jitter: float = Field(
         default=0.2, ge=0, le=1, description="probability that a polygon becomes a disc; and that its outline moves"
     )
@@ -165,6 +163,8 @@ class MaskConfig(Section):
     def _shows_something(self) -> Self:
         if not any(getattr(self, mode) for mode in MASK_MODES):
             raise ValueError(f"the shares of {', '.join(MASK_MODES)} are all 0; give one a positive share")
+        if self.hide_all_tiles and not self.in_context:
+            raise ValueError("hide_all_tiles acts in mode in_context, whose share is 0; give it one, or hide no tiles")
         return self
 
 

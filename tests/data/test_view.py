@@ -121,7 +121,7 @@ def test_stpath_hides_most_single_profiles_in_context() -> None:
 def test_in_context_shows_no_tile_as_often_as_asked_and_other_modes_keep_theirs() -> None:
     group = samples.group(4)
     for mode, expected in (("in_context", 0.4), ("gene_level", 0.0), ("image_only", 0.0)):
-        shares = dict.fromkeys(MASK_MODES, 0.0) | {mode: 1.0}
+        shares = dict.fromkeys(MASK_MODES, 0.0) | {"in_context": 1e-9, mode: 1.0}  # a mode of no share is refused
         mask = MaskConfig.model_validate(shares | AS_IT_IS | {"hide_tiles": 0.0, "hide_all_tiles": 0.4})
         views = [draw_sample(group, mask, (0, 0, i), samples.PANEL)[1] for i in range(200)]
         assert {len(view.hidden_tiles) for view in views} <= {0, len(group.tiles)}
