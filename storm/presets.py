@@ -94,6 +94,9 @@ class ModelConfig:
             raise ValueError(
                 f"model.encoder={self.encoder!r} takes no options, no lora and no weights; {TIMM}<model> does"
             )
+        if not timm and self.encoder_train == "frozen":
+            raise ValueError(f"model.encoder={self.encoder!r} starts without weights: frozen it would stay random; set "
+                             f"encoder_train=full, or encoder={TIMM}<model>")  # fmt: skip
         if self.image_target == "feature" and self.encoder_train != "frozen":
             raise ValueError("model.image_target=feature: features stand still of a frozen encoder alone; set "
                              "encoder_train=frozen, or image_target=stain")  # fmt: skip

@@ -74,6 +74,7 @@ def test_numbers_with_an_exponent_are_no_whole_ones() -> None:
         ("loss={expr: 0, depth: 0, image: 0, corr: 0, spatial: 0, align: 0, anchor: 0}", "nothing would be learned"),
         ("mask={image_only: 0, in_context: 0, gene_level: 0, gene_only: 0}", "are all 0; give one a positive share"),
         ("mask={in_context: 0, hide_all_tiles: 0.4}", "acts in mode in_context, whose share is 0"),
+        ("model.encoder_train=frozen", r"model\.encoder='vit' starts without weights: frozen it would stay random"),
         ("model.preset=[tiny]", r"model\.preset=\['tiny'\] is unknown"),
         ("model={1: 2}", r"model\.1 is no key"),
         ("model.pixel_mean=[a, 0.5, 0.5]", r"model\.pixel_mean=\['a', 0\.5, 0\.5\] should hold numbers alone"),

@@ -97,7 +97,7 @@ class Groups:
 
 
 class Corpus:
-    """Shard sets, open for reading as one. `name` names them in errors, `folder` holds the first one's manifest."""
+    """Shard sets, open for reading as one. `names` name each in errors, `name` all; `folder` has the first manifest."""
 
     def __init__(self, sets: Sequence[ShardSet], names: Sequence[str], split: str, readers: Sequence[Reader]) -> None:
         """Join sets.
@@ -107,7 +107,7 @@ class Corpus:
         """
         check_sets(sets, names)
         self.sets, self.split, self.folder = list(sets), split, sets[0].folder
-        self.name = ", ".join(names)
+        self.names, self.name = list(names), ", ".join(names)
         self.genes: GeneTable = sets[0].genes
         self.panels: dict[str, npt.NDArray[np.bool_]] = {k: v for one in sets for k, v in one.panels.items()}
         self.manifest = joined([one.manifest for one in sets])

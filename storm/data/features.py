@@ -100,9 +100,12 @@ def marker(path: Path) -> tuple[Recipe, str]:
                          f"with the config of the run and --split {path.parent.name}")  # fmt: skip
     told = files.read_json(path)
     try:
-        return Recipe(**told["recipe"]), str(told["index_sha256"])
+        recipe, digest = Recipe(**told["recipe"]), str(told["index_sha256"])
     except (KeyError, TypeError):
         raise ValueError(f"{path}: is no marker of features; {_ANEW}") from None
+    if recipe.version != VERSION:
+        raise ValueError(f"{path}: is of version {recipe.version} of the cache, this code writes {VERSION}; {_ANEW}")
+    return recipe, digest
 
 
 def layout(recipe: Recipe, index: Index) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:

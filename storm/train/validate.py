@@ -47,7 +47,7 @@ class Validation:
 
     def __init__(self, corpus: Corpus, spec: BatchSpec, config: RunConfig, world: World, encoder: str = "") -> None:
         """`encoder`: the fingerprint of the model's, by which cached features are found."""
-        for one, name in zip(corpus.sets, corpus.name.split(", "), strict=True):
+        for one, name in zip(corpus.sets, corpus.names, strict=True):
             if not one.manifest["splits"].get(SPLIT, {}).get("groups"):
                 raise ValueError(
                     f"{name}: has no group of split {SPLIT!r} to validate on; name donors in the manifest's column "

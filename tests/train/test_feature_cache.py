@@ -155,9 +155,15 @@ def _changed(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     np.save(path, change(np.load(path)))
 
 
+def _aged(marker: Path) -> None:
+    told = files.read_json(marker)
+    files.write_json(marker, told | {"recipe": told["recipe"] | {"version": 0}})
+
+
 DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("features.json", lambda p: files.write_json(p, files.read_json(p) | {"index_sha256": "0"}), "of other shards"),
     ("features.json", lambda p: files.write_json(p, []), "is no marker of features"),
+    ("features.json", lambda p: _aged(p), "is of version 0 of the cache"),
     ("profile.npy", lambda p: os.truncate(p, 1000), r"profile\.npy: is missing or damaged"),
     ("stain.npy", Path.unlink, r"stain\.npy: is missing or damaged"),
     ("tile.npy", lambda p: _changed(p, lambda a: a[:, :1]), r"tile\.npy: holds float16 .*, not float16"),

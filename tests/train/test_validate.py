@@ -160,15 +160,16 @@ def test_on_cached_features_it_tells_what_the_live_encoder_would(held_out: Path,
 def test_a_damaged_group_is_an_error_or_replaced(
     held_out: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    shutil.copytree(held_out, tmp_path / "set")
+    damaged = tmp_path / "one, damaged"  # a name that looks like two
+    shutil.copytree(held_out, damaged)
     span = ShardSet(held_out).index("val").span(0)
-    with next((tmp_path / "set" / "val").glob("*.tar")).open("r+b") as tar:
+    with next((damaged / "val").glob("*.tar")).open("r+b") as tar:
         tar.seek(span.offset + span.size // 2)
         tar.write(b"damage")
     with pytest.raises(ValueError, match=rf"group {span.key}: damaged"):
-        run = trainer(tmp_path / "set", tmp_path / "fail", world, "validation.every_steps=1")
+        run = trainer(damaged, tmp_path / "fail", world, "validation.every_steps=1")
         run.validation.run(run.engine)  # type: ignore[union-attr]
-    run = trainer(tmp_path / "set", tmp_path / "skip", world, "validation.every_steps=1", "data.on_error=skip")
+    run = trainer(damaged, tmp_path / "skip", world, "validation.every_steps=1", "data.on_error=skip")
     found = [run.validation.run(run.engine) for _ in range(2)]  # type: ignore[union-attr]
     assert found[0] == found[1] and found[0]["val/loss"] and found[0]["val/pearson"] is not None
     assert capsys.readouterr().err.count(f"skipped in validation: {tmp_path}") == 1
