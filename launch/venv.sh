@@ -44,7 +44,7 @@ prepare_venv() {
       "$("$python" -c 'import sys; print("(python %d.%d)" % sys.version_info[:2])')" ] || make_venv
   fi
   if ! grep -qxF -- "$extras" "$stamp" 2>/dev/null; then
-    printf 'Installing storm-tissue[%s] into %s (the first time: a few minutes)\n' "$extras" "$venv"
+    printf 'Installing storm-tissue[%s] into %s (the first time: 2 to 20 minutes, in which pip is silent)\n' "$extras" "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$repo[$extras]" ||
       die "the installation failed (see above); the same command continues it"
     printf '%s\n' "$key" "$extras" "$(tail -n +2 "$stamp" 2>/dev/null)" > "$stamp.new"

@@ -14,6 +14,7 @@ import platform
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,16 @@ EXTRAS = {  # extra -> modules that it brings
     "prep": ("openslide", "tifffile", "imagecodecs", "zarr", "anndata", "h5py", "pyarrow", "simplejpeg", "cv2"),
     "train": ("deepspeed", "tensorboard", "webdataset", "simplejpeg"),
     "use": ("anndata", "matplotlib", "sklearn", "scipy", "zarr", "openslide"),
+    "timm": ("timm",),
+    "s3": ("s3fs",),
+    "spatialdata": ("spatialdata",),
 }
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code."""
     args = _parser().parse_args(words)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # for those who do not read Python
     return guarded(lambda: _run(args))
 
 
@@ -351,9 +356,10 @@ def verify(args: argparse.Namespace) -> int:
     elif (args.folder / shards.MANIFEST).is_file():
         faults = shards.verify(args.folder)
     else:
+        which = "is neither" if args.folder.is_dir() else "no such folder, so neither"
         raise ValueError(
-            f"{args.folder}: is neither an export ({exporter.SUMS}) nor a shard set ({shards.MANIFEST}); slide stores "
-            "are read by python -m data_prep.verify"
+            f"{args.folder}: {which} an export ({exporter.SUMS}) nor a shard set ({shards.MANIFEST}); slide stores are "
+            "read by python -m data_prep.verify"
         )
     print("\n".join(faults) or f"{args.folder}: every hash holds")
     return 1 if faults else 0

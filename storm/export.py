@@ -215,6 +215,8 @@ def _is_panel(text: str, n_genes: int) -> bool:
 
 def _instead(folder: Path) -> str:
     """What a folder is that is no export, and what to do."""
+    if not folder.is_dir():
+        return "there is no such folder; name the one that launch/export.py wrote"
     in_run = (folder / checkpoints.MARKER).is_file()  # a checkpoint
     if in_run or (folder / checkpoints.FOLDER).is_dir():
         run = folder.resolve().parent.parent if in_run else folder

@@ -312,8 +312,9 @@ def gene_indices(
     known = np.flatnonzero(pretrained.panel)
     if genes is None:
         return known, []
-    if not genes:
-        raise ValueError("the list of genes is empty; name some, or give no list for the whole reference panel")
+    if isinstance(genes, str) or not genes:
+        fact = f"genes={genes!r} is one word" if genes else "the list of genes is empty"
+        raise ValueError(f"{fact}; give a list, or none for the whole reference panel")
     by_name: dict[str, int] = {}
     for i in known:
         by_name.setdefault(pretrained.genes.symbols[i], int(i))
@@ -322,8 +323,8 @@ def gene_indices(
     absent = [gene for gene in genes if gene not in by_name]
     if not found and not (table and unseen_rows(pretrained, table, absent)[0]):
         raise ValueError(
-            f"none of the {len(genes)} genes (as {genes[0]!r}) is in the model's reference panel; see genes.tsv; "
-            f"{refusal(pretrained)}"
+            f"none of the {len(genes)} genes (as {genes[0]!r}) is in the model's reference panel; the "
+            f"export's genes.tsv lists what it knows; {refusal(pretrained)}"
         )
     return np.array(found, dtype=np.int64), absent
 

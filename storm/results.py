@@ -8,6 +8,7 @@ In: `Pretrained` and a slide store. Out: AnnData that opens in scanpy and squidp
                 factors, uns["storm"] with hashes, versions, unit, what the model saw, and the genes it cannot know
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ def predict(
     """Expected expression of a slide's profiles, or of a lattice over its tissue where it has none, from H&E.
 
     Args:
-        genes: symbols or Ensembl ids; those that the model cannot know are left out and listed in uns["storm"].
-            None = its reference panel.
+        genes: symbols or Ensembl ids; those that the model cannot know are left out, with a warning, and listed in
+            uns["storm"]. None = its reference panel.
         unit: one of UNITS.
         use_counts: let the model see the measured counts too: a reconstruction, no prediction.
         table: descriptors, from which genes outside the reference panel are predicted; var["unseen"] marks them.
@@ -95,6 +96,9 @@ def predict(
     result.var_names_make_unique()
     _place(result, slide, np.arange(len(obs)))
     unknown = [gene for gene in left_out if gene not in unseen] if genes is not None else list(slide.unknown)
+    if genes and unknown:
+        fact = f"{len(unknown)} of {len(genes)} genes are left out (as {unknown[0]!r})"
+        warnings.warn(f"{fact}: {inference.refusal(pretrained)}", stacklevel=2)
     result.uns["storm"] = provenance(pretrained, slide, use_counts) | {
         "unit": f"{unit}: {UNITS[unit]}", "genes_left_out": np.array(unknown, dtype=object),
         "genes_left_out_why": inference.refusal(pretrained) if unknown else "",

@@ -248,8 +248,8 @@ class SlideStore:
             ValueError: no store, a damaged one, or one of another schema version.
         """
         self.path = path
-        if not path.is_file():
-            raise ValueError(f"{path}: no such slide store; build it with python -m data_prep.build")
+        if not (path.is_file() and path.name.endswith(SUFFIX)):  # another file is never called a broken store
+            raise ValueError(f"{path}: no such slide store (*{SUFFIX}); name one, or build it with data_prep.build")
         try:
             self._root = zarr.open_group(ZipStore(path, mode="r"), mode="r")
         except (zipfile.BadZipFile, FileNotFoundError, KeyError) as error:
@@ -395,5 +395,6 @@ def paths(folder: Path) -> list[Path]:
     """The stores in a folder, by name. Raises ValueError where there is none."""
     found = sorted(folder.glob(f"*{SUFFIX}"))
     if not found:
-        raise ValueError(f"{folder}: holds no slide store (*{SUFFIX}); run python -m data_prep.build")
+        fact = "holds" if folder.is_dir() else "no such folder,"
+        raise ValueError(f"{folder}: {fact} no slide store (*{SUFFIX}); run python -m data_prep.build")
     return found

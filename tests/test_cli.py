@@ -208,7 +208,7 @@ def test_embed_of_an_image_without_counts(model: Path, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("words", "fact"),
     [
-        (["--store", "nowhere"], "holds no slide store"),
+        (["--store", "nowhere"], "nowhere: no such folder, no slide store"),
         (["--store", "x", "--image", "y"], "name the input"),
         ([], "name the input"),
         (["--image", "nowhere.svs"], "nowhere.svs"),

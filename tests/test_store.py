@@ -120,8 +120,12 @@ def test_damage_is_named(written: Path, tmp_path: Path) -> None:
         store.SlideStore(tmp_path / "cut.zarr.zip")
     with pytest.raises(ValueError, match="no such slide store"):
         store.SlideStore(tmp_path / "absent.zarr.zip")
-    with pytest.raises(ValueError, match="holds no slide store"):
+    with pytest.raises(ValueError, match="no such folder, no slide store"):
         store.paths(tmp_path / "empty")
+    (tmp_path / "slide.tif").write_bytes(b"II*")
+    for other in ("slide.tif", "."):  # which nobody is told to delete
+        with pytest.raises(ValueError, match=r"no such slide store .*; name one"):
+            store.SlideStore(tmp_path / other)
 
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
