@@ -11,7 +11,7 @@ Without counts the footprints are those of a lattice over the tissue. Pixels are
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -302,7 +302,7 @@ def embed(
 
 
 def gene_indices(
-    pretrained: Pretrained, genes: list[str] | None, table: Descriptors | None = None
+    pretrained: Pretrained, genes: Sequence[str] | None, table: Descriptors | None = None
 ) -> tuple[Rows, list[str]]:
     """([K] vocabulary indices of Ensembl ids or symbols, those that are not there); None = the reference panel.
 

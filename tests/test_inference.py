@@ -247,7 +247,7 @@ def test_genes_by_id_or_symbol(pretrained: export.Pretrained) -> None:
     with pytest.raises(ValueError, match=r"the list of genes is empty; give a list"):
         inference.gene_indices(pretrained, [])
     with pytest.raises(ValueError, match=r"genes='GENE5' is one word; give a list"):
-        inference.gene_indices(pretrained, "GENE5")  # type: ignore[arg-type]
+        inference.gene_indices(pretrained, "GENE5")
 
 
 def test_tiles_of_another_size_and_foreign_genes_are_refused(pretrained: export.Pretrained, tmp_path: Path) -> None:
