@@ -96,7 +96,7 @@ def predict(
     result.var_names_make_unique()
     _place(result, slide, np.arange(len(obs)))
     unknown = [gene for gene in left_out if gene not in unseen] if genes is not None else list(slide.unknown)
-    if genes and unknown:
+    if genes is not None and unknown:
         fact = f"{len(unknown)} of {len(genes)} genes are left out (as {unknown[0]!r})"
         warnings.warn(f"{fact}: {inference.refusal(pretrained)}", stacklevel=2)
     result.uns["storm"] = provenance(pretrained, slide, use_counts) | {

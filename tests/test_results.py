@@ -90,6 +90,8 @@ def test_predict_is_dense_unique_and_says_its_unit(pretrained: export.Pretrained
         some = results.predict(pretrained, slide, ["GENE5", "GENE38", "GENE2"], "composition")
     assert list(some.var_names) == ["GENE5", "GENE2"] and list(some.uns["storm"]["genes_left_out"]) == ["GENE38"]
     np.testing.assert_array_equal(some.X, shares[:, ["GENE5", "GENE2"]].X)
+    again = results.predict(pretrained, slide, some.var_names, "composition")  # type: ignore[arg-type]
+    np.testing.assert_array_equal(again.X, some.X)
     with pytest.raises(ValueError, match="unit 'tpm' is unknown"):
         results.predict(pretrained, slide, unit="tpm")
 
