@@ -312,7 +312,7 @@ def gene_indices(
     known = np.flatnonzero(pretrained.panel)
     if genes is None:
         return known, []
-    if isinstance(genes, str) or not len(genes):  # not len: an array or an index of AnnData has no truth value
+    if isinstance(genes, str) or not len(genes):  # by length: an index has no truth value
         fact = f"genes={genes!r} is one word" if len(genes) else "the list of genes is empty"
         raise ValueError(f"{fact}; give a list, or none for the whole reference panel")
     by_name: dict[str, int] = {}
